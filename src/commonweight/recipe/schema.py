@@ -1,0 +1,374 @@
+"""What to run: the recipe, one typed schema.
+
+Every field is documented here and nowhere else; `docs/recipe.md` and the JSON Schema are generated from it. The schema
+checks types, ranges and contradictions between fields; whether a path exists or a field is in the data is checked
+where it is opened. Methods (`federation.strategy`, `training.objective`) keep their own options beside their code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+TINY_MODEL = "commonweight/tiny"
+DEMO_DATA = "commonweight/consortium"
+
+PROMPT_KINDS = ("prompt", "prefix", "p-tuning")
+LORA_KINDS = ("lora", "dora", "rslora")
+CONTROLS = ("base", "local", "centralised")
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values are checked again when assigned."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True)
+
+
+class Method(BaseModel):
+    """A method by name, with its own options: `fedadam`, or `{name: fedadam, lr: 0.01}`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = Field(description="A registered name, or `package.module:Class`.", min_length=1)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys beside `name`; the method's own class checks them."""
+        return dict(self.model_extra or {})
+
+
+def _named(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+MethodField = Annotated[Method, BeforeValidator(_named)]
+
+
+class AdapterSpec(Section):
+    """The small part of the model that is trained and sent."""
+
+    kind: Literal["lora", "dora", "rslora", "ia3", "prompt", "prefix", "p-tuning", "full"] = Field(
+        "lora",
+        description="`lora`; `dora` (weight-decomposed); `rslora` (scale α/√r); `ia3` (learned rescaling vectors); `prompt`, "
+        "`prefix`, `p-tuning` (learned virtual tokens); `full` trains every weight.",
+    )
+    r: int = Field(8, ge=1, description="LoRA rank.")
+    alpha: float = Field(16, gt=0, description="LoRA α: the update is scaled by α/r (`rslora`: α/√r).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the LoRA branch.")
+    targets: Literal["all-linear", "auto"] | list[str] = Field(
+        "all-linear",
+        description="Modules that get an adapter: `all-linear`, `auto` (peft's choice for the architecture), or module names.",
+    )
+    virtual_tokens: int = Field(16, ge=1, description="Length of the learned prompt (`prompt`, `prefix`, `p-tuning`).")
+
+
+class ModelSpec(Section):
+    """The base model. It is frozen unless the adapter is `full`."""
+
+    name: str = Field(
+        TINY_MODEL,
+        min_length=1,
+        description=f"A folder in transformers layout, a hub id, or the built-in `{TINY_MODEL}`.",
+    )
+    revision: str | None = Field(None, description="A hub id's revision (commit, tag or branch).")
+    tokenizer: str | None = Field(
+        None, description="A tokenizer from elsewhere: a folder or hub id. Default: the model's."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the base weights. `auto`: float32 on CPU, bfloat16 on a GPU."
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="Load the base in 8 or 4 bits through bitsandbytes. Needs a CUDA GPU."
+    )
+    trust_remote_code: Literal[False] = Field(False, description="Always false: code from a model folder is never run.")
+    adapter: AdapterSpec = Field(default_factory=AdapterSpec, description="The trained part.")
+
+    @model_validator(mode="after")
+    def _full_needs_whole_weights(self) -> Self:
+        if self.adapter.kind == "full" and self.quantization != "none":
+            raise ValueError(
+                f"adapter.kind full trains the base weights, which quantization {self.quantization} freezes; "
+                "use adapter.kind lora, or quantization none"
+            )
+        return self
+
+
+class SitesSpec(Section):
+    """How rows fall to sites."""
+
+    scheme: Literal["field", "file", "iid", "dirichlet", "shards", "quantity"] = Field(
+        "field",
+        description="`field`: one site for each value of `by`. `file`: one for each data file. `iid`: shuffled evenly. "
+        "`dirichlet`: each value of `by` is spread over sites by Dirichlet(`alpha`). `shards`: rows sorted by `by`, cut, and "
+        "`shards_per_site` dealt to each. `quantity`: IID in kind, sizes by Dirichlet(`alpha`).",
+    )
+    by: str | None = Field(None, description="Field that decides: `field`, `dirichlet` and `shards` need it.")
+    count: int | None = Field(
+        None, ge=1, description="Number of sites: `iid`, `dirichlet`, `shards` and `quantity` need it."
+    )
+    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; smaller is more skewed.")
+    shards_per_site: int = Field(2, ge=1, description="`shards`: pieces dealt to each site.")
+    only: list[str] | None = Field(None, description="Keep only these sites, by name.")
+    largest: int | None = Field(None, ge=1, description="Keep only the sites with the most rows.")
+    min_rows: int = Field(1, ge=1, description="Leave out sites with fewer rows than this, before the held-out split.")
+    take: int | None = Field(None, ge=1, description="At most this many training rows a site, drawn by the seed.")
+
+    @model_validator(mode="after")
+    def _scheme_has_what_it_needs(self) -> Self:
+        if self.scheme in ("field", "dirichlet", "shards") and self.by is None:
+            raise ValueError(f"scheme {self.scheme} needs `by`: the name of the field that decides the site")
+        if self.scheme in ("iid", "dirichlet", "shards", "quantity") and self.count is None:
+            raise ValueError(f"scheme {self.scheme} needs `count`: the number of sites")
+        return self
+
+
+class HoldoutSpec(Section):
+    """Rows of each site kept for testing, never trained on by any site."""
+
+    by: str | None = Field(
+        None,
+        description="Group field (patient, disease, document): a group is held out, or trained on, everywhere as a whole.",
+    )
+    examples: int | None = Field(None, ge=1, description="Held-out rows a site.")
+    fraction: float | None = Field(None, gt=0, lt=1, description="Held-out share of a site's rows. Default 0.2.")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.examples is not None and self.fraction is not None:
+            raise ValueError("give `examples` or `fraction`, not both")
+        return self
+
+
+class DataSpec(Section):
+    """Where the rows are and how a row becomes an example.
+
+    With neither `prompt`/`completion`, `messages` nor `text` given, the fields decide: `messages`; else
+    `prompt` + `completion`; else `instruction` (+ `input`) + `output`; else `question` + `answer`; else `text`.
+    """
+
+    path: str = Field(
+        DEMO_DATA,
+        min_length=1,
+        description=f"A file, a folder of files, a dataset folder or hub id, or the built-in `{DEMO_DATA}`.",
+    )
+    format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "dataset"] = Field(
+        "auto", description="File format; `auto` goes by the name's ending (`.gz` may follow)."
+    )
+    split: str = Field("train", description="Split of a dataset folder or hub id.")
+    prompt: str | None = Field(None, description="Template of what is given, with `{field}` places; not trained on.")
+    completion: str | None = Field(None, description="Template of what is learned, with `{field}` places.")
+    messages: str | None = Field(
+        None, description="Field with chat messages (role, content); the tokenizer's chat template applies."
+    )
+    text: str | None = Field(None, description="Template of plain text, all of it learned, with `{field}` places.")
+    paragraphs: Literal["line", "blank-line", "file"] = Field(
+        "blank-line", description="Plain text files: what one row is."
+    )
+    options: str | None = Field(None, description="Field with a list of answer options: evaluates multiple choice.")
+    answer: str | None = Field(None, description="With `options`: field with the right option's index or text.")
+    end_of_text: bool = Field(True, description="Learn the tokenizer's end-of-text token after each completion.")
+    sites: SitesSpec = Field(default_factory=lambda: SitesSpec(by="site"), description="How rows fall to sites.")
+    holdout: HoldoutSpec = Field(default_factory=HoldoutSpec, description="What is kept for testing.")
+
+    @model_validator(mode="after")
+    def _one_way_to_read_a_row(self) -> Self:
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("`prompt` and `completion` go together; for text without a prompt use `text`")
+        ways = [
+            n for n, v in (("prompt/completion", self.prompt), ("messages", self.messages), ("text", self.text)) if v
+        ]
+        if len(ways) > 1:
+            raise ValueError(f"give one of {' and '.join(ways)}, not both")
+        if (self.options is None) != (self.answer is None):
+            raise ValueError("`options` and `answer` go together")
+        return self
+
+
+class TrainingSpec(Section):
+    """A site's local work in one round."""
+
+    objective: MethodField = Field(
+        default_factory=lambda: Method(name="sft"), description="What is optimised: `sft`, or a method of one's own."
+    )
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="Local optimizer; its state starts fresh each round."
+    )
+    lr: float = Field(1e-3, gt=0, description="Local learning rate in round 1, after warm-up.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="Learning rate across rounds (constant inside a round): falls to `lr × final_lr_ratio`."
+    )
+    final_lr_ratio: float = Field(0.1, ge=0, le=1, description="Last round's learning rate over the first's.")
+    warmup_rounds: int = Field(0, ge=0, description="Rounds over which the learning rate rises to `lr`.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the site's examples a round. Default 1.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps a round, instead of `epochs`.")
+    batch_size: int = Field(8, ge=1, description="Examples (packed: sequences) an optimizer step.")
+    micro_batch_size: int | Literal["auto"] = Field(
+        "auto",
+        description="Examples a forward pass; gradients accumulate over a batch, weighted by tokens, so that the step is the "
+        "same to rounding. `auto`: about 1,024 tokens on CPU, the whole batch on a GPU.",
+    )
+    max_tokens: int = Field(512, ge=2, description="Tokens an example (packed: a sequence); longer ones are cut.")
+    packing: bool = Field(False, description="Fill sequences with several examples, attention kept apart at the seams.")
+    clip_norm: float | None = Field(1.0, gt=0, description="Gradient norm bound a step; null: none.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled for AdamW, L2 for SGD.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's β₁, β₂.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="SGD's momentum.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Arithmetic: `bfloat16` is autocast. `auto`: float32 on CPU, bfloat16 on a GPU."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give `epochs` or `steps`, not both")
+        if isinstance(self.micro_batch_size, int) and self.micro_batch_size > self.batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        return self
+
+
+class CohortSpec(Section):
+    """Which sites take part in a round: `all`, a `fraction` of them, or a `count`."""
+
+    fraction: float | None = Field(
+        None, gt=0, le=1, description="Share of the sites, drawn anew each round by the seed."
+    )
+    count: int | None = Field(None, ge=1, description="Number of sites, drawn anew each round by the seed.")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.fraction is not None and self.count is not None:
+            raise ValueError("give `fraction` or `count`, not both")
+        return self
+
+    def size(self, num_sites: int) -> int:
+        """How many of `num_sites` a round invites."""
+        if self.count is not None:
+            return min(self.count, num_sites)
+        if self.fraction is not None:
+            return max(1, math.ceil(self.fraction * num_sites - 1e-9))
+        return num_sites
+
+
+def _cohort(value: object) -> object:
+    if value == "all":
+        return {}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return {"count": value}
+    if isinstance(value, float):
+        return {"fraction": value}
+    return value
+
+
+class FederationSpec(Section):
+    """Rounds, who takes part, and how updates combine."""
+
+    rounds: int = Field(10, ge=1, description="Number of rounds.")
+    cohort: Annotated[CohortSpec, BeforeValidator(_cohort)] = Field(
+        default_factory=CohortSpec,
+        description="`all`, a whole number of sites, a fraction, or `{fraction: …}` / `{count: …}`.",
+    )
+    quorum: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the cohort that must answer; a round below it ends the run with an error.",
+    )
+    min_sites: int = Field(1, ge=1, description="And at least this many sites must answer.")
+    deadline_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds after which a round closes without those still working. Null: wait for all. "
+        "With a deadline the result depends on the machine's speed.",
+    )
+    retries: int = Field(1, ge=0, description="Times a site's task is repeated after its worker died.")
+    strategy: MethodField = Field(
+        default_factory=lambda: Method(name="fedavg"),
+        description="How updates combine; `commonweight methods` lists them.",
+    )
+    weighting: Literal["examples", "tokens", "uniform"] = Field(
+        "examples", description="A site's weight in the mean: examples or label tokens it trained on, or all alike."
+    )
+
+
+class EvaluationSpec(Section):
+    """What is measured, on each site's held-out rows."""
+
+    controls: list[Literal["base", "local", "centralised"]] = Field(
+        default_factory=lambda: ["base", "local", "centralised"],
+        description="Arms to compare with: `base` (untouched), `local` (each site alone), `centralised` (all data pooled).",
+    )
+    every: int = Field(
+        1, ge=1, description="Evaluate the global model after every so many rounds (and after the last)."
+    )
+    exact_match: bool = Field(False, description="Generate answers for held-out prompts and count exact matches.")
+    max_new_tokens: int = Field(64, ge=1, description="Length bound of generated answers.")
+    samples: int = Field(1, ge=0, description="Held-out prompts answered before and after, for the report.")
+    resamples: int = Field(1000, ge=100, description="Bootstrap resamples behind each 95 % interval.")
+
+
+class EngineSpec(Section):
+    """Where participants run."""
+
+    kind: Literal["in-process"] = Field("in-process", description="`in-process`: worker processes on this machine.")
+    workers: int | Literal["auto"] = Field(
+        "auto",
+        description="Worker processes, each with one thread. `auto`: one a core on CPU, one on a GPU. The result does not depend on it.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: a GPU if there is one.")
+
+    @model_validator(mode="after")
+    def _some_workers(self) -> Self:
+        if isinstance(self.workers, int) and self.workers < 1:
+            raise ValueError(f"workers {self.workers} must be at least 1, or auto")
+        return self
+
+
+class OutputSpec(Section):
+    """What a run's folder keeps."""
+
+    keep_rounds: Literal["all"] | int = Field(
+        "all", description="Global adapters kept under rounds/: `all`, or that many of the latest (at least 1)."
+    )
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> Self:
+        if isinstance(self.keep_rounds, int) and self.keep_rounds < 1:
+            raise ValueError("keep_rounds must be at least 1: a run resumes from its latest round")
+        return self
+
+
+class Recipe(Section):
+    """One run: what is trained, on what, by whom, and how it is judged."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="Name of the run and of its folder: letters, digits, `.`, `_`, `-`.",
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Decides every random choice: the same seed gives the same bits on CPU."
+    )
+    model: ModelSpec = Field(default_factory=ModelSpec, description="Base model and adapter.")
+    data: DataSpec = Field(default_factory=DataSpec, description="Rows, sites, held-out rows.")
+    training: TrainingSpec = Field(default_factory=TrainingSpec, description="Local work.")
+    federation: FederationSpec = Field(default_factory=FederationSpec, description="Rounds and strategy.")
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec, description="Controls and metrics.")
+    engine: EngineSpec = Field(default_factory=EngineSpec, description="Where it runs.")
+    output: OutputSpec = Field(default_factory=OutputSpec, description="What is kept.")
+
+    @model_validator(mode="after")
+    def _packing_has_no_prompt_tokens(self) -> Self:
+        if self.training.packing and self.model.adapter.kind in PROMPT_KINDS:
+            raise ValueError(
+                f"training.packing puts several examples in one sequence, but adapter.kind {self.model.adapter.kind} puts its "
+                "learned tokens only in front of the first; use packing: false, or a lora adapter"
+            )
+        return self
