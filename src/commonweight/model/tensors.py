@@ -1,0 +1,184 @@
+"""Named tensors over flat memory: the shape in which everything trainable is held, sent and averaged.
+
+A model's trainable part is dozens of small tensors. Kept as views into one flat buffer for each dtype, they can be
+copied, subtracted, clipped, folded and optimised in one pass, whatever their number; by name and shape they are still
+there for methods that need them. For a LoRA adapter of 70 tensors and 1 MB this makes loading a global state into a
+model one copy of 30 µs instead of 70 copies of 2 µs each plus their Python.
+
+Legend: N = number of tensors; a "flat" is the 1-D buffer, of `numel` elements, that all tensors of one dtype share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+_ALIGN_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor's place: `offset` counts elements within its dtype's flat."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names, dtypes, shapes and places of N tensors, in a fixed order; two layouts are equal or nothing may be mixed."""
+
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
+        """The layout that holds these tensors, sorted by name."""
+        used: dict[torch.dtype, int] = {}
+        entries = []
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            offset = used.get(tensor.dtype, 0)
+            entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), offset, tensor.numel()))
+            used[tensor.dtype] = offset + tensor.numel()
+        return cls(tuple(entries))
+
+    @cached_property
+    def numels(self) -> dict[torch.dtype, int]:
+        """Elements of each dtype's flat."""
+        totals: dict[torch.dtype, int] = {}
+        for entry in self.entries:
+            totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.numel
+        return totals
+
+    @cached_property
+    def by_name(self) -> dict[str, Entry]:
+        return {entry.name: entry for entry in self.entries}
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors themselves."""
+        return sum(numel * dtype.itemsize for dtype, numel in self.numels.items())
+
+    @cached_property
+    def arena_bytes(self) -> int:
+        """Bytes of one contiguous buffer that holds every flat, each aligned to 64 bytes."""
+        return sum(_aligned(numel * dtype.itemsize) for dtype, numel in self.numels.items())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over names, dtypes and shapes."""
+        rows = [[e.name, str(e.dtype), list(e.shape)] for e in self.entries]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+
+
+class NamedTensors(Mapping[str, Tensor]):
+    """N named tensors that are views into `flats`, one 1-D tensor a dtype.
+
+    Writing to a flat writes to the tensors, and the other way round.
+    """
+
+    def __init__(self, layout: Layout, flats: dict[torch.dtype, Tensor]) -> None:
+        self.layout = layout
+        self.flats = flats
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> NamedTensors:
+        """A copy of these tensors on one device."""
+        layout = Layout.of(tensors)
+        device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+        made = cls.empty(layout, device)
+        for name, view in made.items():
+            view.copy_(tensors[name].detach())
+        return made
+
+    @classmethod
+    def empty(cls, layout: Layout, device: torch.device | str = "cpu") -> NamedTensors:
+        return cls(layout, {d: torch.empty(n, dtype=d, device=device) for d, n in layout.numels.items()})
+
+    @classmethod
+    def zeros(cls, layout: Layout, *, wide: bool = False) -> NamedTensors:
+        """Zeros of a layout, on the CPU.
+
+        `wide`: floating tensors narrower than float32 are held in float32, as sums and moments should be. Flats stay keyed
+        by the layout's own dtype, so that a wide flat lies beside the narrow one it belongs to.
+        """
+        flats = {d: torch.zeros(n, dtype=accumulator_dtype(d) if wide else d) for d, n in layout.numels.items()}
+        return cls(layout, flats)
+
+    @classmethod
+    def over(cls, buffer: Tensor, layout: Layout) -> NamedTensors:
+        """Views into one contiguous uint8 buffer of at least `layout.arena_bytes`, without a copy."""
+        flats, start = {}, 0
+        for dtype, numel in layout.numels.items():
+            stop = start + numel * dtype.itemsize
+            flats[dtype] = buffer[start:stop].view(dtype)
+            start += _aligned(numel * dtype.itemsize)
+        return cls(layout, flats)
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.layout.by_name[name]
+        return self.flats[entry.dtype][entry.offset : entry.offset + entry.numel].view(entry.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.by_name)
+
+    def __len__(self) -> int:
+        return len(self.layout.entries)
+
+    def floating(self) -> Iterator[tuple[torch.dtype, Tensor]]:
+        """(layout dtype, flat) of the floating dtypes: those that may be averaged."""
+        return ((dtype, flat) for dtype, flat in self.flats.items() if dtype.is_floating_point)
+
+    def copy_(self, other: NamedTensors) -> NamedTensors:
+        """Overwrite with the values of `other`, which has the same layout."""
+        for dtype, flat in self.flats.items():
+            flat.copy_(other.flats[dtype])
+        return self
+
+    def clone(self) -> NamedTensors:
+        return NamedTensors(self.layout, {dtype: flat.clone() for dtype, flat in self.flats.items()})
+
+    def digest(self) -> str:
+        """SHA-256 over the layout and every value's bytes."""
+        sha = hashlib.sha256(self.layout.digest.encode())
+        for flat in self.flats.values():
+            sha.update(memoryview(flat.detach().cpu().contiguous().view(torch.uint8).numpy()))
+        return sha.hexdigest()
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for floating dtypes narrower than it; every other dtype is its own."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def first_non_finite(tensors: NamedTensors) -> str | None:
+    """The name of the first tensor that holds NaN or infinity, or None.
+
+    One pass that reads each flat once in pieces of 1 MiB: x·0 summed is 0 for finite numbers and NaN otherwise, so the
+    search by name runs only when there is something to find.
+    """
+    for _, flat in tensors.floating():
+        if not _all_finite(flat):
+            return next(name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all()))
+    return None
+
+
+def _all_finite(flat: Tensor) -> bool:
+    for piece in flat.split(1 << 18):
+        # a sum of finite numbers may overflow; only then is the exact, slower test needed
+        if not bool(piece.sum(dtype=torch.float32).isfinite()) and not bool(piece.isfinite().all()):
+            return False
+    return True

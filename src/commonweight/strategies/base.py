@@ -1,0 +1,151 @@
+"""What a strategy is: server-side algebra, state + a stream of updates → new state.
+
+A strategy is a class with `name`, `needs`, `Options` and the methods below. One with `needs = "sum"` inherits `SumStrategy`
+and writes a single method, `step`, which gets the weighted mean of the deltas. It sees each update once, in cohort
+order, and keeps nothing of it: memory is O(model) whatever the cohort.
+
+Notation (also in each strategy's file): θ the global trainable tensors; Δᵢ = θᵢ − θ; pᵢ = wᵢ / Σw over the updates that
+arrived; Δ = Σ pᵢΔᵢ.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ..model.tensors import Layout, NamedTensors
+from .update import Update
+
+
+class NoOptions(BaseModel):
+    """For a method that has none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass
+class ServerState:
+    """Everything a strategy carries from round to round; a run resumes from exactly this.
+
+    Args:
+        theta: the global trainable tensors, in the model's own dtypes.
+        slots: further tensors by name (`m`, `v`, `control` …), of theta's layout, wide (`NamedTensors.zeros`).
+    """
+
+    theta: NamedTensors
+    slots: dict[str, NamedTensors] = field(default_factory=dict)
+
+
+class Fold(ABC):
+    """What a strategy has seen of a round so far."""
+
+    num_updates: int = 0
+
+    @abstractmethod
+    def add(self, update: Update) -> None:
+        """Take in one checked update. Its tensors may be reused by the caller afterwards."""
+
+
+class Strategy(ABC):
+    """Server-side algebra."""
+
+    name: ClassVar[str]
+    needs: ClassVar[Literal["sum", "individuals"]]
+    source: ClassVar[str]
+    rule: ClassVar[str]
+    Options: ClassVar[type[BaseModel]] = NoOptions
+
+    #: channels that a site needs beside theta, out of the slots, and those that its update carries
+    broadcast_channels: ClassVar[tuple[str, ...]] = ()
+    update_channels: ClassVar[tuple[str, ...]] = ("delta",)
+
+    def __init__(self, options: BaseModel | None = None, *, num_sites: int = 1) -> None:
+        """Args: options: an instance of `Options`. num_sites: N, all the sites of the run, not a round's cohort."""
+        self.options = options if options is not None else self.Options()
+        self.num_sites = num_sites
+
+    def correction(self) -> dict[str, Any]:
+        """What a site changes in its local steps: `{"kind": "none"}`, `{"kind": "prox", "mu": …}`, `{"kind": "scaffold"}`."""
+        return {"kind": "none"}
+
+    @abstractmethod
+    def init(self, theta: NamedTensors) -> ServerState:
+        """The state before round 1; it owns theta from then on."""
+
+    @abstractmethod
+    def open(self, state: ServerState) -> Fold:
+        """Begin a round."""
+
+    @abstractmethod
+    def close(self, state: ServerState, fold: Fold) -> ServerState:
+        """End a round with what was folded. May change `state` in place and return it.
+
+        Raises:
+            ValueError: nothing was folded.
+        """
+
+
+class WeightedSum(Fold):
+    """Σ wᵢxᵢ over each channel, accumulated in float32 (float64 where the tensors are), and Σ wᵢ.
+
+    Reference speed: one pass over the update's bytes, as a plain `add_`.
+    """
+
+    def __init__(self, layout: Layout, channels: tuple[str, ...]) -> None:
+        self.total_weight = 0.0
+        self.sums = {channel: NamedTensors.zeros(layout, wide=True) for channel in channels}
+
+    def add(self, update: Update) -> None:
+        for channel, sums in self.sums.items():
+            weight = self.weight(update, channel)
+            for dtype, flat in update.channels[channel].floating():
+                sums.flats[dtype].add_(flat, alpha=weight)
+        self.total_weight += update.weight
+        self.num_updates += 1
+
+    def weight(self, update: Update, channel: str) -> float:
+        """The weight of one update in one channel's sum."""
+        return update.weight if channel == "delta" else 1.0
+
+    def mean(self) -> NamedTensors:
+        """Δ = Σ pᵢΔᵢ, in the accumulator's precision; the sum is used up."""
+        if self.num_updates == 0:
+            raise ValueError("a round was closed with no update in it")
+        for _, total in self.sums["delta"].floating():
+            total.div_(self.total_weight)
+        return self.sums["delta"]
+
+
+class SumStrategy(Strategy):
+    """A strategy to which a weighted sum is enough. A subclass writes `step`, and names its `slot_names`."""
+
+    needs = "sum"
+    slot_names: ClassVar[tuple[str, ...]] = ()
+
+    def init(self, theta: NamedTensors) -> ServerState:
+        slots = {name: NamedTensors.zeros(theta.layout, wide=True) for name in self.slot_names}
+        return ServerState(theta, slots)
+
+    def open(self, state: ServerState) -> WeightedSum:
+        return WeightedSum(state.theta.layout, self.update_channels)
+
+    def close(self, state: ServerState, fold: Fold) -> ServerState:
+        assert isinstance(fold, WeightedSum)
+        for dtype, delta in fold.mean().floating():
+            theta = state.theta.flats[dtype]
+            wide = theta.to(delta.dtype)  # theta itself, unless it is narrower than float32
+            self.step(wide, delta, {name: slot.flats[dtype] for name, slot in state.slots.items()})
+            theta.copy_(wide)
+        return state
+
+    @abstractmethod
+    def step(self, theta: Tensor, delta: Tensor, slots: Mapping[str, Tensor]) -> None:
+        """Change theta and slots in place, given the mean delta Δ. All are 1-D of equal length, float32 or float64.
+
+        Called once for each floating dtype among the trainables.
+        """
