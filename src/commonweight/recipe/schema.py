@@ -8,6 +8,7 @@ where it is opened. Methods (`federation.strategy`, `training.objective`) keep t
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -21,9 +22,9 @@ CONTROLS = ("base", "local", "centralised")
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, values are checked again when assigned."""
+    """A part of the recipe: unknown keys are refused, and it is never changed once it is built."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Method(BaseModel):
@@ -51,15 +52,16 @@ class AdapterSpec(Section):
 
     kind: Literal["lora", "dora", "rslora", "ia3", "prompt", "prefix", "p-tuning", "full"] = Field(
         "lora",
-        description="`lora`; `dora` (weight-decomposed); `rslora` (scale α/√r); `ia3` (learned rescaling vectors); `prompt`, "
-        "`prefix`, `p-tuning` (learned virtual tokens); `full` trains every weight.",
+        description="`lora`; `dora` (weight-decomposed); `rslora` (scale α/√r); `ia3` (learned rescaling vectors); "
+        "`prompt`, `prefix`, `p-tuning` (learned virtual tokens); `full` trains every weight.",
     )
     r: int = Field(8, ge=1, description="LoRA rank.")
     alpha: float = Field(16, gt=0, description="LoRA α: the update is scaled by α/r (`rslora`: α/√r).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the LoRA branch.")
     targets: Literal["all-linear", "auto"] | list[str] = Field(
         "all-linear",
-        description="Modules that get an adapter: `all-linear`, `auto` (peft's choice for the architecture), or module names.",
+        description="Modules that get an adapter: `all-linear`, `auto` (peft's choice for the architecture), or module "
+        "names.",
     )
     virtual_tokens: int = Field(16, ge=1, description="Length of the learned prompt (`prompt`, `prefix`, `p-tuning`).")
 
@@ -101,8 +103,8 @@ class SitesSpec(Section):
     scheme: Literal["field", "file", "iid", "dirichlet", "shards", "quantity"] = Field(
         "field",
         description="`field`: one site for each value of `by`. `file`: one for each data file. `iid`: shuffled evenly. "
-        "`dirichlet`: each value of `by` is spread over sites by Dirichlet(`alpha`). `shards`: rows sorted by `by`, cut, and "
-        "`shards_per_site` dealt to each. `quantity`: IID in kind, sizes by Dirichlet(`alpha`).",
+        "`dirichlet`: each value of `by` is spread over sites by Dirichlet(`alpha`). `shards`: rows sorted by `by`, "
+        "cut, and `shards_per_site` dealt to each. `quantity`: IID in kind, sizes by Dirichlet(`alpha`).",
     )
     by: str | None = Field(None, description="Field that decides: `field`, `dirichlet` and `shards` need it.")
     count: int | None = Field(
@@ -121,6 +123,11 @@ class SitesSpec(Section):
             raise ValueError(f"scheme {self.scheme} needs `by`: the name of the field that decides the site")
         if self.scheme in ("iid", "dirichlet", "shards", "quantity") and self.count is None:
             raise ValueError(f"scheme {self.scheme} needs `count`: the number of sites")
+        if self.scheme in ("field", "file") and self.count is not None:
+            raise ValueError(
+                f"`count` makes sites for iid, dirichlet, shards and quantity, but scheme {self.scheme} takes them as "
+                "they are; `largest` keeps only so many"
+            )
         return self
 
 
@@ -129,7 +136,8 @@ class HoldoutSpec(Section):
 
     by: str | None = Field(
         None,
-        description="Group field (patient, disease, document): a group is held out, or trained on, everywhere as a whole.",
+        description="Group field (patient, disease, document): a group is held out, or trained on, everywhere as a "
+        "whole. Rows without a value are left out and counted. Default: a row's own text (copies stay together).",
     )
     examples: int | None = Field(None, ge=1, description="Held-out rows a site.")
     fraction: float | None = Field(None, gt=0, lt=1, description="Held-out share of a site's rows. Default 0.2.")
@@ -146,6 +154,7 @@ class DataSpec(Section):
 
     With neither `prompt`/`completion`, `messages` nor `text` given, the fields decide: `messages`; else
     `prompt` + `completion`; else `instruction` (+ `input`) + `output`; else `question` + `answer`; else `text`.
+    A row in which a needed field is null or missing, or whose completion is blank, is left out and counted.
     """
 
     path: str = Field(
@@ -166,6 +175,16 @@ class DataSpec(Section):
     paragraphs: Literal["line", "blank-line", "file"] = Field(
         "blank-line", description="Plain text files: what one row is."
     )
+    pattern: str | None = Field(
+        None,
+        description="Plain text files: a regular expression whose named groups become the row's fields, beside `text` "
+        "(the whole paragraph, unless a group has that name). Paragraphs without a match are left out and counted.",
+    )
+    chunks: bool = Field(
+        False,
+        description="Plain text: join each site's rows, after the held-out split, and cut them into pieces of "
+        "`training.max_tokens`; `sites.take` and `holdout.examples` then count pieces.",
+    )
     options: str | None = Field(None, description="Field with a list of answer options: evaluates multiple choice.")
     answer: str | None = Field(None, description="With `options`: field with the right option's index or text.")
     end_of_text: bool = Field(True, description="Learn the tokenizer's end-of-text token after each completion.")
@@ -184,6 +203,25 @@ class DataSpec(Section):
         if (self.options is None) != (self.answer is None):
             raise ValueError("`options` and `answer` go together")
         return self
+
+    @model_validator(mode="after")
+    def _plain_text_options(self) -> Self:
+        if self.pattern is not None:
+            if self.format not in ("auto", "text"):
+                raise ValueError(f"`pattern` reads plain text files, but format is {self.format}")
+            _check_pattern(self.pattern)
+        if self.chunks and (self.prompt is not None or self.messages is not None or self.options is not None):
+            raise ValueError("`chunks` joins plain text, which `prompt`, `messages` and `options` are not; use `text`")
+        return self
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groupindex
+    except re.error as error:
+        raise ValueError(f"`pattern` {pattern!r} is not a regular expression: {error}") from error
+    if not groups:
+        raise ValueError(f"`pattern` {pattern!r} has no named group, such as (?P<text>.*), to become a field")
 
 
 class TrainingSpec(Section):
@@ -206,8 +244,8 @@ class TrainingSpec(Section):
     batch_size: int = Field(8, ge=1, description="Examples (packed: sequences) an optimizer step.")
     micro_batch_size: int | Literal["auto"] = Field(
         "auto",
-        description="Examples a forward pass; gradients accumulate over a batch, weighted by tokens, so that the step is the "
-        "same to rounding. `auto`: about 1,024 tokens on CPU, the whole batch on a GPU.",
+        description="Examples a forward pass; gradients accumulate over a batch, weighted by tokens, so that the step "
+        "is the same to rounding. `auto`: about 1,024 tokens on CPU, the whole batch on a GPU.",
     )
     max_tokens: int = Field(512, ge=2, description="Tokens an example (packed: a sequence); longer ones are cut.")
     packing: bool = Field(False, description="Fill sequences with several examples, attention kept apart at the seams.")
@@ -303,8 +341,9 @@ class EvaluationSpec(Section):
     """What is measured, on each site's held-out rows."""
 
     controls: list[Literal["base", "local", "centralised"]] = Field(
-        default_factory=lambda: ["base", "local", "centralised"],
-        description="Arms to compare with: `base` (untouched), `local` (each site alone), `centralised` (all data pooled).",
+        ["base", "local", "centralised"],
+        description="Arms to compare with: `base` (untouched), `local` (each site alone), `centralised` (all data "
+        "pooled).",
     )
     every: int = Field(
         1, ge=1, description="Evaluate the global model after every so many rounds (and after the last)."
@@ -321,7 +360,8 @@ class EngineSpec(Section):
     kind: Literal["in-process"] = Field("in-process", description="`in-process`: worker processes on this machine.")
     workers: int | Literal["auto"] = Field(
         "auto",
-        description="Worker processes, each with one thread. `auto`: one a core on CPU, one on a GPU. The result does not depend on it.",
+        description="Worker processes, each with one thread. `auto`: one a core on CPU, one on a GPU. The result does "
+        "not depend on it.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: a GPU if there is one.")
 
@@ -368,7 +408,7 @@ class Recipe(Section):
     def _packing_has_no_prompt_tokens(self) -> Self:
         if self.training.packing and self.model.adapter.kind in PROMPT_KINDS:
             raise ValueError(
-                f"training.packing puts several examples in one sequence, but adapter.kind {self.model.adapter.kind} puts its "
-                "learned tokens only in front of the first; use packing: false, or a lora adapter"
+                f"training.packing puts several examples in one sequence, but adapter.kind {self.model.adapter.kind} "
+                "puts its learned tokens only in front of the first; use packing: false, or a lora adapter"
             )
         return self

@@ -37,20 +37,26 @@ class Update:
         return self.channels["delta"]
 
 
+# float32 must hold a weight and the sum of a cohort's; a count of examples or tokens lies well inside
+_MIN_WEIGHT, _MAX_WEIGHT = 1e-6, 1e15
+
+
 def check(update: Update, *, round: int, layout: Layout, channels: tuple[str, ...]) -> None:
     """Refuse an update that breaks its contract.
 
     Raises:
-        UpdateRefused: another round's, missing channels, other names, shapes or dtypes, a weight that is not positive
-            and finite, or a tensor with NaN or infinity, which is named.
+        UpdateRefused: another round's, missing channels, other names, shapes or dtypes, a weight that is not
+            between 1e-6 and 1e15, or a tensor with NaN or infinity, which is named.
     """
     where = f"the update of site {update.site!r} for round {update.round}"
     if update.round != round:
         raise UpdateRefused(f"{where} answers another round: round {round} is open")
     if set(update.channels) != set(channels):
         raise UpdateRefused(f"{where} carries {sorted(update.channels)}, expected {sorted(channels)}")
-    if not 0 < update.weight < float("inf"):
-        raise UpdateRefused(f"{where} has weight {update.weight}; it must be positive and finite")
+    if not _MIN_WEIGHT <= update.weight <= _MAX_WEIGHT:
+        raise UpdateRefused(
+            f"{where} has weight {update.weight}; it must lie between {_MIN_WEIGHT:g} and {_MAX_WEIGHT:g}"
+        )
     for channel, tensors in update.channels.items():
         if tensors.layout is not layout and tensors.layout != layout:
             raise UpdateRefused(f"{where} does not fit in {channel!r}: {_mismatch(tensors.layout, layout)}")

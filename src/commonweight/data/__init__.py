@@ -1,0 +1,1 @@
+"""Rows to sites: readers → partition → hold-out → templates → tokens. Start reading in `sites.py`."""

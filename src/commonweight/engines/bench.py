@@ -1,0 +1,98 @@
+"""A workbench: one base model with its adapter, every site's data, and the hands that carry out tasks on them.
+
+A site is data here, not a process: its turn begins by copying the global tensors into the model and ends with the
+difference in a slot of memory that the coordinator reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..data.sites import Site, load_sites
+from ..errors import RecipeError
+from ..federation.tally import Sites
+from ..model.adapters import attach_adapter
+from ..model.base import Base, choose_device, load_base
+from ..model.tensors import NamedTensors
+from ..model.trainables import Trainables
+from ..recipe.schema import PROMPT_KINDS, Recipe
+from ..registry import resolve
+from ..seeding import derive_seed
+from ..train import batches
+from ..train.local import Objective, Participant
+from ..train.loss import LanguageModel
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Bench:
+    """Everything that carrying out a recipe's tasks needs.
+
+    Args:
+        theta: the initial global tensors, as the adapter was made.
+        partition: the partition report.
+    """
+
+    recipe: Recipe
+    base: Base
+    model: Any
+    participant: Participant
+    objective: Objective
+    sites: dict[str, Site]
+    theta: NamedTensors
+    partition: dict[str, Any]
+
+    @property
+    def facts(self) -> Sites:
+        """What the loop knows of the sites."""
+        spec, names = self.recipe.training, tuple(self.sites)
+        rows = {n: len(batches.sequences(s.train, spec, self.pack_seed(n))) for n, s in self.sites.items()}
+        steps = {name: batches.num_steps(spec, rows[name]) for name in names}
+        return Sites(names, steps, {name: site.groups for name, site in self.sites.items()})
+
+    def pack_seed(self, site: str) -> int:
+        return derive_seed(self.recipe.seed, "pack", site)
+
+
+def build_bench(recipe: Recipe) -> Bench:
+    """Read the data, load the base model, attach the adapter.
+
+    Raises:
+        DataError, ModelError, RecipeError: as their parts say.
+    """
+    spec = recipe.model
+    base = load_base(spec, choose_device(recipe.engine.device))
+    _check_context(recipe, base)
+    sites, partition = load_sites(
+        recipe.data, seed=recipe.seed, tokenizer=base.tokenizer, max_tokens=recipe.training.max_tokens
+    )
+    model = attach_adapter(base, spec.adapter, seed=derive_seed(recipe.seed, "adapter"))
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainables = Trainables(model)
+    half = recipe.training.precision == "bfloat16" or (
+        recipe.training.precision == "auto" and base.device.type == "cuda"
+    )
+    language_model = LanguageModel(model, autocast_dtype=torch.bfloat16 if half else None)
+    kind = resolve("objective", recipe.training.objective.name)
+    objective = kind(kind.Options(**recipe.training.objective.options))
+    theta = NamedTensors(trainables.values.layout, {d: f.cpu().clone() for d, f in trainables.values.flats.items()})
+    participant = Participant(language_model, trainables)
+    return Bench(recipe, base, model, participant, objective, {s.name: s for s in sites}, theta, partition)
+
+
+def _check_context(recipe: Recipe, base: Base) -> None:
+    adapter = recipe.model.adapter
+    virtual = adapter.virtual_tokens if adapter.kind in PROMPT_KINDS else 0
+    if base.context is not None and recipe.training.max_tokens + virtual > base.context:
+        raise RecipeError(
+            f"training.max_tokens is {recipe.training.max_tokens}"
+            + (f" and the adapter adds {virtual} tokens" if virtual else "")
+            + f", but model {base.name!r} has positions for {base.context} tokens",
+            hint=f"set training.max_tokens to at most {base.context - virtual}",
+        )

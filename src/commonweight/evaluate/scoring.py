@@ -1,0 +1,112 @@
+"""Scoring a model on held-out examples: loss, token accuracy, exact match of generated answers, multiple choice.
+
+Batches never mix sites, so that the figures do not depend on how sites are shared out among workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.templates import Example
+from ..data.tokens import Tokens, tokenise
+from ..train.batches import collate
+from ..train.loss import LanguageModel, score
+from .metrics import Scores
+
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
+
+
+def score_tokens(language_model: LanguageModel, tokens: Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(Σ nats float64, label tokens int64, greedy-correct label tokens int64) of each of N examples, [N] each."""
+    language_model.model.eval()
+    nats, labels, correct = np.zeros(len(tokens)), np.zeros(len(tokens), np.int64), np.zeros(len(tokens), np.int64)
+    for rows in _by_length(tokens, _BATCH_TOKENS.get(language_model.device.type, 1024)):
+        batch = collate(tokens, [[row] for row in rows], language_model.device)
+        nats_L, correct_L, examples_L = (t.cpu().numpy() for t in score(language_model, batch))
+        np.add.at(nats, examples_L, nats_L)
+        np.add.at(correct, examples_L, correct_L)
+        np.add.at(labels, examples_L, 1)
+    return nats, labels, correct
+
+
+def _by_length(tokens: Tokens, batch_tokens: int) -> Iterator[list[int]]:
+    """Batches of at most so many tokens, padding included, longest examples first."""
+    lengths = tokens.lengths
+    order = sorted(range(len(tokens)), key=lambda i: (-int(lengths[i]), i))
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * int(lengths[batch[0]]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def score_site(
+    language_model: LanguageModel,
+    tokens: Tokens,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    generate: int | None = None,
+) -> Scores:
+    """One site's scores.
+
+    Args:
+        tokens, examples: its N held-out examples, as tokens and as text.
+        max_tokens: bound on an option's tokens, as in training.
+        generate: also generate answers of at most so many tokens, for exact match.
+    """
+    nats, labels, correct = score_tokens(language_model, tokens)
+    exact = None
+    if generate is not None:
+        answers = (answer(language_model, tokenizer, e.prompt, max_new_tokens=generate) for e in examples)
+        exact = np.array([a.strip() == e.completion.strip() for a, e in zip(answers, examples, strict=True)])
+    choice = None
+    if examples and all(e.options and e.answer is not None for e in examples):
+        choice = np.array([choose(language_model, tokenizer, e, max_tokens=max_tokens) == e.answer for e in examples])
+    return Scores(nats, labels, correct, exact, choice)
+
+
+def choose(language_model: LanguageModel, tokenizer: Any, example: Example, *, max_tokens: int) -> int:
+    """The option that the model finds likeliest: the least Σ nats of the option's tokens after the prompt."""
+    as_examples = [Example(((example.prompt, False), (text, True))) for text in example.option_completions]
+    tokens, kept, _ = tokenise(as_examples, tokenizer, max_tokens=max_tokens, end_of_text=False)
+    nats, _, _ = score_tokens(language_model, tokens)
+    return kept[int(nats.argmin())]
+
+
+@torch.no_grad()
+def answer(
+    language_model: LanguageModel, tokenizer: Any, prompt: str, *, max_new_tokens: int, begin: bool = True
+) -> str:
+    """The model's greedy answer to a prompt; a prompt too long for the context keeps its end.
+
+    Args:
+        begin: add the special tokens that the tokenizer puts in front (not to text that a chat template wrote).
+    """
+    model = language_model.model
+    model.eval()
+    ids = tokenizer(prompt, add_special_tokens=begin, return_tensors="pt").input_ids
+    if begin and ids.shape[1] and ids[0, -1] == tokenizer.eos_token_id:
+        ids = ids[:, :-1]
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None:
+        ids = ids[:, -max(1, context - max_new_tokens) :]
+    ids = ids.to(language_model.device)
+    with language_model.autocast():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        )
+    new = output[0, ids.shape[1] :] if output.shape[1] > ids.shape[1] else output[0, :0]
+    return str(tokenizer.decode(new, skip_special_tokens=True))

@@ -1,0 +1,39 @@
+"""Who takes part in a round: drawn from the seed and the round's number, so that it can be known in advance."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from ..errors import RecipeError
+from ..recipe.schema import FederationSpec
+from ..seeding import derive_seed
+from .round import answers_needed
+
+
+def choose_cohort(sites: Sequence[str], spec: FederationSpec, *, seed: int, round: int) -> tuple[str, ...]:
+    """The sites of one round, uniformly without replacement, in the order of `sites` (the order of folding)."""
+    size = spec.cohort.size(len(sites))
+    if size == len(sites):
+        return tuple(sites)
+    chosen = set(random.Random(derive_seed(seed, "cohort", round)).sample(range(len(sites)), size))
+    return tuple(site for index, site in enumerate(sites) if index in chosen)
+
+
+def check_cohort(num_sites: int, spec: FederationSpec) -> None:
+    """Refuse settings that no round could meet.
+
+    Raises:
+        RecipeError: more sites are asked for than there are, or than a cohort has.
+    """
+    if spec.cohort.count is not None and spec.cohort.count > num_sites:
+        raise RecipeError(
+            f"federation.cohort asks for {spec.cohort.count} sites, but the data has {num_sites}",
+            hint="lower the count, or use cohort: all",
+        )
+    size = spec.cohort.size(num_sites)
+    if answers_needed(spec, size) > size:
+        raise RecipeError(
+            f"federation.min_sites is {spec.min_sites}, but a cohort has only {size} of {num_sites} sites",
+            hint="lower min_sites, or invite more sites by federation.cohort",
+        )

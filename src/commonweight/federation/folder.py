@@ -1,0 +1,185 @@
+"""A run's folder: where each thing lies, and writes that a crash cannot leave half done.
+
+recipe.yaml  events.jsonl  state.sqlite  metrics.json  report.html
+state/NNNN.safetensors      the strategy's state after round NNNN: global tensors and optimizer slots
+rounds/NNNN/                the global adapter after round NNNN, as peft saves it
+updates/NNNN-III.safetensors   accepted updates of the open round that were dear enough to keep
+sites/III/NNNN.safetensors  a site's private state after round NNNN (III: the site's place in the run's order)
+controls/<arm>/III/         tensors of the control arms
+adapter/                    the result
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..errors import StateError, StorageError
+from ..model.tensors import Layout, NamedTensors, accumulator_dtype
+
+
+class RunFolder:
+    """One run's folder, locked while it is open.
+
+    Args:
+        path: the folder; made if it does not exist.
+        resume: go on with the run that is in it.
+
+    Raises:
+        StateError: it holds a run and `resume` is False, it holds none and `resume` is True, or another process has it.
+        StorageError: it cannot be made or written.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.path = path
+        begun = (path / "state.sqlite").exists()
+        if begun and not resume:
+            raise StateError(
+                f"{path} already holds a run", hint="go on with it by --resume, or choose another folder by -o"
+            )
+        if resume and not begun:
+            raise StateError(f"there is no run to resume in {path}", hint="start it without --resume, or correct -o")
+        if not begun and path.is_dir() and any(path.iterdir()):
+            raise StateError(f"{path} is not empty and holds no run", hint="choose another folder by -o")
+        with storage_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
+            for name in ("state", "rounds", "updates", "sites", "controls"):
+                (path / name).mkdir(exist_ok=True)
+
+    def _locked(self) -> IO[str]:
+        handle = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StateError(
+                f"another process is running in {self.path}",
+                hint="wait for it, or stop it, or choose another folder by -o",
+            ) from error
+        return handle
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def state_file(self, round: int) -> Path:
+        return self.path / "state" / f"{round:04d}.safetensors"
+
+    def round_folder(self, round: int) -> Path:
+        return self.path / "rounds" / f"{round:04d}"
+
+    def update_file(self, round: int, site: int) -> Path:
+        return self.path / "updates" / f"{round:04d}-{site:03d}.safetensors"
+
+    def site_file(self, site: int, round: int) -> str:
+        """Relative to the run's folder."""
+        return f"sites/{site:03d}/{round:04d}.safetensors"
+
+    def forget_before(self, round: int, keep_rounds: str | int) -> None:
+        """Delete what a commit of `round` has made rubbish: older states, kept updates, adapters beyond
+        `keep_rounds`."""
+        for file in (self.path / "state").glob("*.safetensors"):
+            if file != self.state_file(round):
+                file.unlink(missing_ok=True)
+        for file in (self.path / "updates").iterdir():
+            file.unlink(missing_ok=True)
+        if keep_rounds != "all":
+            for folder in sorted((self.path / "rounds").iterdir())[: -int(keep_rounds)]:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into StorageError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StorageError(
+            f"cannot write in {path}: {'the disk is full' if full else error.strerror or error}",
+            hint="free some space, then repeat with --resume: nothing committed is lost"
+            if full
+            else "check that the folder exists and that you may write there, or choose another by -o",
+            retry=full,
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes `path`'s place, whole and on disk, when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with temporary.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, groups: Mapping[str, NamedTensors], metadata: Mapping[str, str] | None = None) -> str:
+    """Write named tensors, group by group, as flats in one safetensors file; returns the file's SHA-256."""
+    flats = {
+        f"{group}/{str(dtype).removeprefix('torch.')}": flat.detach().cpu().contiguous()
+        for group, tensors in groups.items()
+        for dtype, flat in tensors.flats.items()
+    }
+    with replacing(path) as temporary:
+        try:
+            save_file(flats, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:  # its own kind for the operating system's errors
+            raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
+        return _sha256(temporary)
+
+
+def read_tensors(path: Path, layout: Layout, *, sha256: str | None = None) -> dict[str, NamedTensors]:
+    """Read what `write_tensors` wrote: groups of one layout, those called `slot/…` wide (`NamedTensors.zeros`).
+
+    Raises:
+        StateError: the file is missing, changed since (`sha256`), or of another layout.
+    """
+    damaged = "restore the folder from a copy, or start a new run in another folder (-o)"
+    if not path.exists():
+        raise StateError(f"{path} is missing", hint=damaged)
+    if sha256 is not None and _sha256(path) != sha256:
+        raise StateError(f"{path} is damaged: its digest is not the one in the journal", hint=damaged)
+    try:
+        raw = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise StateError(f"{path} is damaged: {error}", hint=damaged) from error
+    groups: dict[str, dict[torch.dtype, torch.Tensor]] = {}
+    for key, flat in raw.items():
+        group, _, dtype = key.rpartition("/")
+        groups.setdefault(group, {})[getattr(torch, dtype)] = flat
+    for group, flats in groups.items():
+        held = {d: (n, accumulator_dtype(d) if group.startswith("slot/") else d) for d, n in layout.numels.items()}
+        if {d: (f.numel(), f.dtype) for d, f in flats.items()} != held:
+            raise StateError(f"{path} does not fit this model's trainable tensors ({group})", hint=damaged)
+    return {group: NamedTensors(layout, {d: flats[d] for d in layout.numels}) for group, flats in groups.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,123 @@
+"""What goes between the loop and whoever runs participants: tasks out, outcomes back.
+
+Everything but the tensors is plain data that turns into JSON. Tensors stay in flat memory (`model/tensors.py`): the
+engine holds the global ones since `broadcast`, and an update's are views that are valid until the next outcome is
+asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..model.tensors import NamedTensors
+from ..strategies.update import Update
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """One site's local work in one round, from the global tensors last broadcast.
+
+    Args:
+        lr: this round's learning rate.
+        steps: optimizer steps.
+        correction: what the strategy changes in the local gradient.
+        state_in, state_out: files of the site's private state before and after (SCAFFOLD's cᵢ), relative to the run's
+        folder.
+    """
+
+    round: int
+    site: str
+    lr: float
+    steps: int
+    correction: Mapping[str, Any] = field(default_factory=lambda: {"kind": "none"})
+    state_in: str | None = None
+    state_out: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateTask:
+    """Score a model on sites' held-out rows. The result is `Scores` as JSON, by site.
+
+    Args:
+        sites: on whose rows.
+        arm: `global` (the tensors last broadcast) or `base` (adapter off).
+        generate: also generate an answer for each prompt, for exact match.
+    """
+
+    sites: tuple[str, ...]
+    arm: str = "global"
+    generate: bool = False
+
+
+@dataclass(frozen=True)
+class ChainTask:
+    """A control arm: train on some sites' data alone through every round, on the federated arm's budget of steps.
+
+    Args:
+        key: names the result in the journal.
+        arm: `local` (one site) or `centralised` (all of them pooled).
+        sites: whose training rows.
+        rounds: (round, learning rate, optimizer steps) in order; the optimizer's state carries on between them.
+        own: the sites whose held-out rows are scored after each round.
+        everyone: the sites whose held-out rows are scored after the last.
+        folder: where its tensors are kept, relative to the run's folder.
+        generate: also generate answers for exact match at the end.
+    """
+
+    key: str
+    arm: str
+    sites: tuple[str, ...]
+    rounds: tuple[tuple[int, float, int], ...]
+    own: tuple[str, ...]
+    everyone: tuple[str, ...]
+    folder: str
+    generate: bool = False
+
+
+@dataclass(frozen=True)
+class SampleTask:
+    """Answer held-out prompts: `prompts` are (site, index of its held-out row). The result has `answers`, in their
+    order."""
+
+    prompts: tuple[tuple[str, int], ...]
+    arm: str = "global"
+
+
+Task = TrainTask | EvaluateTask | ChainTask | SampleTask
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A task is done: a training task brings an update, the others plain data."""
+
+    task: Task
+    update: Update | None = None
+    result: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A task will not be done: it failed for good, or (`late`) the deadline passed."""
+
+    task: Task
+    reason: str
+    late: bool = False
+
+
+Outcome = Completed | Dropped
+
+
+class Engine(Protocol):
+    """Carries tasks to participants and outcomes back."""
+
+    def broadcast(self, theta: NamedTensors, further: Mapping[str, NamedTensors]) -> None:
+        """Make these the global tensors. Nothing may be running."""
+
+    def run(self, tasks: Sequence[Task], *, deadline_s: float | None = None) -> Iterator[Outcome]:
+        """Carry out tasks, at once as far as there is room, and give their outcomes in the order of `tasks`.
+
+        Training tasks that are not done `deadline_s` after the start come as `Dropped(late=True)`; other tasks are
+        waited for.
+        """

@@ -1,0 +1,173 @@
+"""metrics.json: every figure that the report shows, put together from the journal.
+
+Losses are nats a held-out label token; a macro figure is the mean over sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..evaluate.metrics import Scores, compare, macro, macro_interval, summarise
+from ..recipe.schema import Recipe
+from .journal import Journal
+from .tally import Sites
+
+FORMAT = 1
+BySite = dict[str, Scores]
+
+
+class Record:
+    """Reads a finished run's journal."""
+
+    def __init__(self, recipe: Recipe, sites: Sites, journal: Journal) -> None:
+        self.recipe, self.sites, self.journal = recipe, sites, journal
+
+    def metrics(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole of metrics.json; `facts` are those that the journal does not know (model, machine, times,
+        partition)."""
+        federated = self._scores("scores/federated")
+        assert federated is not None
+        arms: dict[str, Any] = {}
+        base = self._scores("scores/base")
+        if base is not None:
+            arms["base"] = self._arm(base, self._seconds("scores/base"))
+        arms["federated"] = {**self._arm(federated, facts["seconds"]["federated"]), "rounds": self._curve()}
+        arms |= self._centralised()
+        local, best = self._local()
+        if local:
+            arms["local"] = self._local_arm(local, best)
+        rounds = [{"round": n, **_round(r)} for n, r in self.journal.commits().items() if n > 0]
+        return {
+            "format": FORMAT,
+            "name": self.recipe.name,
+            "seed": self.recipe.seed,
+            "arms": arms,
+            "gains": self._gains(federated, local, best),
+            "rounds": rounds,
+            "bytes": {
+                "up": sum(r["bytes_up"] for r in rounds),
+                "down": sum(r["bytes_down"] for r in rounds),
+                "adapter": facts["model"]["adapter_bytes"],
+            },
+            "privacy": {"dp": "none", "epsilon": None},
+            "samples": self._samples(),
+            "strategy": {
+                "name": self.recipe.federation.strategy.name,
+                "options": self.recipe.federation.strategy.options,
+            },
+            **facts,
+        }
+
+    def _scores(self, key: str) -> BySite | None:
+        found = self.journal.get(key)
+        return None if found is None else {site: Scores.from_json(s) for site, s in found["sites"].items()}
+
+    def _seconds(self, key: str) -> float:
+        found = self.journal.get(key)
+        return float(found["seconds"]) if found else 0.0
+
+    def _options(self) -> dict[str, int]:
+        return {"resamples": self.recipe.evaluation.resamples, "seed": self.recipe.seed}
+
+    def _arm(self, scores: BySite, seconds: float) -> dict[str, Any]:
+        groups, options = self.sites.groups, self._options()
+        sites = {site: summarise(s, groups[site], **options) for site, s in scores.items()}
+        found = {
+            "macro_loss": macro(sites),
+            "ci95": macro_interval({site: (s, groups[site]) for site, s in scores.items()}, **options),
+            "token_accuracy": macro(sites, "token_accuracy"),
+            "seconds": seconds,
+            "sites": sites,
+        }
+        for rate in ("exact_match", "choice_accuracy"):
+            if all(rate in summary for summary in sites.values()):
+                found[rate] = macro(sites, rate)
+        return found
+
+    def _curve(self) -> list[dict[str, Any]]:
+        points = []
+        for number in range(self.recipe.federation.rounds + 1):
+            sums = self.journal.get(f"curve/federated/{number:04d}")
+            if sums is not None:
+                losses = {site: nats / max(1, tokens) for site, (nats, tokens) in sums.items()}
+                points.append({"round": number, "macro_loss": _mean(losses.values()), "sites": losses})
+        return points
+
+    def _centralised(self) -> dict[str, Any]:
+        found = self.journal.get("control/centralised")
+        if found is None:
+            return {}
+        scores = {site: Scores.from_json(s) for site, s in found["final"].items()}
+        rounds = [
+            {"round": point["round"], "macro_loss": _mean(point["losses"].values()), "sites": point["losses"]}
+            for point in found["rounds"]
+        ]
+        return {"centralised": {**self._arm(scores, found["seconds"]), "rounds": rounds}}
+
+    def _local(self) -> tuple[BySite, BySite]:
+        """Each site's own model on its own rows: after its last round, and at its best on these very rows."""
+        last, best = {}, {}
+        for site in self.sites.names:
+            found = self.journal.get(f"control/local/{site}")
+            if found is not None:
+                last[site] = Scores.from_json(found["final"][site])
+                best[site] = Scores.from_json(found["best"]["scores"])
+        return last, best
+
+    def _local_arm(self, last: BySite, best: BySite) -> dict[str, Any]:
+        seconds, sites = 0.0, {}
+        arm = self._arm(last, 0.0)
+        for site, summary in arm["sites"].items():
+            found = self.journal.get(f"control/local/{site}")
+            assert found is not None
+            seconds += found["seconds"]
+            sites[site] = {
+                **summary,
+                "best_loss": float(best[site].nll.sum() / best[site].tokens.sum()),
+                "best_round": found["best"]["round"],
+                "everyone_loss": found["everyone_loss"],
+                "rounds": [point["losses"][site] for point in found["rounds"]],
+            }
+        return {
+            **arm,
+            "seconds": seconds,
+            "best_macro_loss": _mean(s["best_loss"] for s in sites.values()),
+            "everyone_macro_loss": _mean(s["everyone_loss"] for s in sites.values()),
+            "sites": sites,
+        }
+
+    def _gains(self, federated: BySite, local: BySite, best: BySite) -> dict[str, Any]:
+        options = self._options()
+        return {
+            site: {
+                "local": compare(federated[site], local[site], self.sites.groups[site], **options),
+                "local_best": compare(federated[site], best[site], self.sites.groups[site], **options),
+            }
+            for site in local
+        }
+
+    def _samples(self) -> list[dict[str, Any]]:
+        before, after = self.journal.get("samples/base"), self.journal.get("samples/federated")
+        if before is None or after is None:
+            return []
+        pairs = zip(before["answers"], after["answers"], strict=True)
+        return [
+            {
+                "site": b["site"],
+                "prompt": b["prompt"],
+                "reference": b["reference"],
+                "before": b["answer"],
+                "after": a["answer"],
+            }
+            for b, a in pairs
+        ]
+
+
+def _round(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "state"}
+
+
+def _mean(values: Any) -> float:
+    found = list(values)
+    return float(sum(found) / len(found))

@@ -1,0 +1,84 @@
+"""What the loop knows of the sites, and the figures of a round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ..strategies.base import Strategy
+from ..strategies.update import Update
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The sites of a run, in the order of folding.
+
+    Args:
+        names: all of them.
+        steps: optimizer steps a round, by site.
+        groups: the group (patient, disease …) of each held-out row, by site.
+    """
+
+    names: tuple[str, ...]
+    steps: Mapping[str, int]
+    groups: Mapping[str, list[str]]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.names)}
+
+    def place(self, site: str) -> int:
+        """A site's place in the order: its name in file names."""
+        return self._places[site]
+
+
+@dataclass
+class Timing:
+    """Where a round's seconds went. What is neither folding, committing nor waiting for an evaluation is training."""
+
+    started: float = field(default_factory=time.perf_counter)
+    fold: float = 0.0
+    trained_at: float = field(default_factory=time.perf_counter)
+
+    def seconds(self, evaluated_at: float, committed_at: float) -> dict[str, float]:
+        return {
+            "train": self.trained_at - self.started - self.fold,
+            "fold": self.fold,
+            "evaluate": evaluated_at - self.trained_at,
+            "commit": committed_at - evaluated_at,
+        }
+
+
+@dataclass
+class Tally:
+    """A round's figures for people, added up as updates are folded."""
+
+    lr: float
+    bytes_a_copy: int
+    updates: int = 0
+    steps: int = 0
+    examples: int = 0
+    label_tokens: int = 0
+    nats: float = 0.0
+    late: list[str] = field(default_factory=list)
+
+    def add(self, update: Update) -> None:
+        self.updates += 1
+        self.steps += update.num_steps
+        self.examples += update.num_examples
+        self.label_tokens += update.num_label_tokens
+        self.nats += update.metrics.get("loss", 0.0) * update.num_label_tokens
+
+    def record(self, cohort_size: int, strategy: Strategy) -> dict[str, Any]:
+        return {
+            "lr": self.lr,
+            "train_loss": self.nats / max(1, self.label_tokens),
+            "steps": self.steps,
+            "examples": self.examples,
+            "label_tokens": self.label_tokens,
+            "bytes_up": self.updates * self.bytes_a_copy * len(strategy.update_channels),
+            "bytes_down": cohort_size * self.bytes_a_copy * (1 + len(strategy.broadcast_channels)),
+        }

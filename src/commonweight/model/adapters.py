@@ -1,0 +1,105 @@
+"""Adapters: which tensors are trained, made by peft, saved as peft saves them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ModelError
+from ..recipe.schema import LORA_KINDS, AdapterSpec
+from .base import Base, _first_line
+
+
+def attach_adapter(base: Base, spec: AdapterSpec, *, seed: int) -> Any:
+    """A trainable model over a frozen base: a peft model, or the base itself with gradients on for `full`.
+
+    The initial values come from `seed` alone.
+
+    Raises:
+        ModelError: peft cannot put this adapter on this model; the message names what it looked for.
+    """
+    if spec.kind == "full":
+        return base.model.requires_grad_(True)
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    model = base.model
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, _peft_config(spec, base))
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise ModelError(
+                f"a {spec.kind} adapter does not fit model {base.name!r}: {_first_line(error)}",
+                hint=f"model.adapter.targets may be all-linear, auto, or some of: {', '.join(linear_modules(model))}",
+            ) from error
+
+
+def _peft_config(spec: AdapterSpec, base: Base) -> Any:
+    import peft
+
+    task = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base.name}
+    targets = None if spec.targets == "auto" else spec.targets
+    if spec.kind in LORA_KINDS:
+        return peft.LoraConfig(
+            r=spec.r,
+            lora_alpha=spec.alpha,
+            lora_dropout=spec.dropout,
+            target_modules=targets,
+            use_dora=spec.kind == "dora",
+            use_rslora=spec.kind == "rslora",
+            **task,
+        )
+    if spec.kind == "ia3":
+        # (IA)³ rescales keys, values and the feed-forward's inside (Liu 2022); peft knows these for each architecture
+        return peft.IA3Config(
+            target_modules=None if targets == "all-linear" else targets, **_ia3_feedforward(spec), **task
+        )
+    virtual = {"num_virtual_tokens": spec.virtual_tokens, **task}
+    if spec.kind == "prompt":
+        return peft.PromptTuningConfig(**virtual)
+    if spec.kind == "prefix":
+        return peft.PrefixTuningConfig(**virtual)
+    return peft.PromptEncoderConfig(encoder_hidden_size=base.model.config.hidden_size, **virtual)
+
+
+def _ia3_feedforward(spec: AdapterSpec) -> dict[str, list[str]]:
+    return {"feedforward_modules": []} if isinstance(spec.targets, list) else {}
+
+
+def linear_modules(model: torch.nn.Module) -> list[str]:
+    """Last parts of the names of a model's linear layers, sorted: what `targets` may name."""
+    kinds = (torch.nn.Linear,)
+    found = {
+        n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, kinds) or "Conv1D" in type(m).__name__
+    }
+    return sorted(found)
+
+
+def is_adapter(model: Any) -> bool:
+    """Whether a model carries a peft adapter (as against `full`)."""
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """The base model as it was: inside, the adapter has no effect."""
+    if not is_adapter(model):
+        yield
+        return
+    with model.disable_adapter():
+        yield
+
+
+def save_adapter(model: Any, tokenizer: Any | None, folder: Path) -> None:
+    """Write the trained part as `PeftModel.from_pretrained` reads it (`full`: as `AutoModelForCausalLM` reads it)."""
+    model.save_pretrained(str(folder), safe_serialization=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))

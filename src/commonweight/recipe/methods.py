@@ -1,0 +1,50 @@
+"""Every method that a recipe may name, in one table: for `commonweight methods` and for the docs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..registry import names, resolve
+
+_ADAPTERS = (
+    ("lora", "W + (α/r)·BA", "Hu 2022, arXiv:2106.09685"),
+    ("dora", "m · (W + (α/r)·BA) / ‖W + (α/r)·BA‖", "Liu 2024, arXiv:2402.09353"),
+    ("rslora", "W + (α/√r)·BA", "Kalajdzievski 2023, arXiv:2312.03732"),
+    ("ia3", "keys, values and feed-forward rescaled by learned vectors", "Liu 2022, arXiv:2205.05638"),
+    ("prompt", "learned embeddings in front of the text", "Lester 2021, arXiv:2104.08691"),
+    ("prefix", "learned keys and values in front of every layer's", "Li 2021, arXiv:2101.00190"),
+    ("p-tuning", "learned embeddings through a small encoder", "Liu 2021, arXiv:2103.10385"),
+    ("full", "every weight", ""),
+)
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """Strategies, objectives and adapters: kind, name, needs, rule, source, options."""
+    found = []
+    for kind in ("strategy", "objective"):
+        for name in names(kind):
+            method = resolve(kind, name)
+            found.append(
+                {
+                    "kind": kind,
+                    "name": name,
+                    "needs": getattr(method, "needs", ""),
+                    "rule": getattr(method, "rule", "") or (method.__doc__ or "").strip().splitlines()[0],
+                    "source": method.source,
+                    "options": _options(method.Options),
+                }
+            )
+    adapters = [
+        {"kind": "adapter", "name": n, "needs": "", "rule": rule, "source": source, "options": []}
+        for n, rule, source in _ADAPTERS
+    ]
+    return found + adapters
+
+
+def _options(model: type[BaseModel]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "default": field.default, "description": field.description or ""}
+        for name, field in model.model_fields.items()
+    ]

@@ -1,0 +1,1 @@
+"""The server's algebra, one short file a method: state + a stream of updates → new state."""

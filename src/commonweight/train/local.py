@@ -1,0 +1,159 @@
+"""One site's local work in one round: steps of an optimizer on its own examples. No networking, no other site.
+
+Legend: θ the global trainables the site starts from, θᵢ its own; both are flat (`model/tensors.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch.optim import SGD, AdamW, Optimizer
+
+from ..data.tokens import Tokens
+from ..errors import SiteError
+from ..model.tensors import accumulator_dtype
+from ..model.trainables import Trainables
+from ..recipe.schema import TrainingSpec
+from . import batches
+from .batches import Batch
+from .corrections import Correction, NoCorrection
+from .loss import LanguageModel
+
+
+@dataclass
+class Participant:
+    """What does the work: a model with its trainables in flat memory. Sites take turns on one."""
+
+    language_model: LanguageModel
+    trainables: Trainables
+
+
+@dataclass
+class LocalWork:
+    """One task's work.
+
+    Args:
+        tokens: the site's training examples.
+        spec: the recipe's training section.
+        lr: this round's learning rate.
+        steps: optimizer steps.
+        seed: decides the order of examples and dropout.
+        pack_seed: decides which examples share a packed sequence; the same in every round.
+        correction: what the strategy changes in the gradient.
+        optimizer: one to go on with, or None for a fresh one.
+    """
+
+    tokens: Tokens
+    spec: TrainingSpec
+    lr: float
+    steps: int
+    seed: int
+    pack_seed: int = 0
+    correction: Correction | None = None
+    optimizer: Optimizer | None = None
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What the work was: examples and label tokens trained on (repeats count), steps, mean nats a label token."""
+
+    num_examples: int
+    num_label_tokens: int
+    num_steps: int
+    loss: float
+
+
+class Objective(ABC):
+    """What a site optimises. A class of one's own may replace the whole of `work`, or only the loss."""
+
+    class NoOptions(BaseModel):
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: ClassVar[str]
+    source: ClassVar[str] = ""
+    Options: ClassVar[type[BaseModel]] = NoOptions
+
+    def __init__(self, options: BaseModel | None = None) -> None:
+        self.options = options if options is not None else self.Options()
+
+    @abstractmethod
+    def work(self, participant: Participant, task: LocalWork) -> LocalResult:
+        """Train in place: `participant.trainables.values` go from θ to θᵢ.
+
+        Raises:
+            SiteError: the loss is not finite; the values are then worthless and the update must not be sent.
+        """
+
+
+class GradientObjective(Objective):
+    """An objective with a gradient: minimise a sum over label tokens by an optimizer."""
+
+    @abstractmethod
+    def backward(self, language_model: LanguageModel, batch: Batch, scale: float) -> float:
+        """Add the gradient of `scale` × the batch's summed loss to the gradients; return that sum."""
+
+    def work(self, participant: Participant, task: LocalWork) -> LocalResult:
+        model, spec = participant.language_model, task.spec
+        model.model.train()
+        torch.manual_seed(task.seed)
+        rows = batches.sequences(task.tokens, spec, task.pack_seed)
+        optimizer = task.optimizer or make_optimizer(participant.trainables, spec)
+        set_lr(optimizer, task.lr)
+        examples = labels = 0
+        nats = 0.0
+        for step, batch in enumerate(batches.order(rows, batch_size=spec.batch_size, steps=task.steps, seed=task.seed)):
+            batch_nats, batch_labels = self._step(participant, optimizer, task, batch)
+            if not math.isfinite(batch_nats):
+                raise SiteError(
+                    f"the training loss became {batch_nats} at local step {step + 1}",
+                    hint="lower training.lr, set training.clip_norm, or look for broken rows in the site's data",
+                )
+            nats, labels = nats + batch_nats, labels + batch_labels
+            examples += sum(len(row) for row in batch)
+        return LocalResult(examples, labels, task.steps, nats / max(1, labels))
+
+    def _step(
+        self, participant: Participant, optimizer: Optimizer, task: LocalWork, batch: batches.Rows
+    ) -> tuple[float, int]:
+        trainables, model = participant.trainables, participant.language_model
+        labels = sum(int(task.tokens.labelled_of(e).sum()) for row in batch for e in row)
+        trainables.zero_gradients()
+        size = batches.micro_batch_size(task.spec, model.device)
+        nats = 0.0
+        for micro in batches.micro_batches(task.tokens, batch, size, model.device):
+            nats += self.backward(model, micro, 1.0 / labels)
+        (task.correction or NoCorrection()).adjust(trainables.values, trainables.gradients)
+        if task.spec.clip_norm is not None:
+            clip(trainables, task.spec.clip_norm)
+        optimizer.step()
+        return nats, labels
+
+
+def make_optimizer(trainables: Trainables, spec: TrainingSpec) -> Optimizer:
+    """The recipe's local optimizer over the flat parameters: elementwise, so the same as over the tensors
+    themselves."""
+    if spec.optimizer == "sgd":
+        return SGD(trainables.flat_parameters, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+    return AdamW(trainables.flat_parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=True)
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip(trainables: Trainables, bound: float) -> float:
+    """Scale the gradients so that their joint L2 norm is at most `bound`; returns the norm before."""
+    flats = list(trainables.gradients.flats.values())
+    norm = math.sqrt(
+        sum(float(torch.linalg.vector_norm(flat, dtype=accumulator_dtype(flat.dtype))) ** 2 for flat in flats)
+    )
+    if norm > bound:
+        for flat in flats:
+            flat.mul_(bound / (norm + 1e-6))
+    return norm

@@ -1,0 +1,135 @@
+"""Next-token loss with logits formed only where there is a label, a piece at a time.
+
+A language model's widest tensor is its logits: B·T·V floats, several copies of them in a plain training step. Here the
+output layer is applied to the L labelled positions only, in pieces, and each piece's gradient is taken before the next
+is formed: memory O(piece·V) instead of O(B·T·V).
+
+Legend: B sequences, T positions, H hidden width, V vocabulary, L labelled positions in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .batches import Batch
+
+_PIECE_LOGITS = (
+    4 * 1024 * 1024
+)  # 16 MiB of float32: about what a core's cache and memory like; fewer, larger are no faster
+
+
+class LanguageModel:
+    """A causal language model as the loss sees it: hidden states first, the output layer where it is needed.
+
+    Some architectures do more after the output layer (soft-capping, scaling). That is found out once, by comparing both
+    ways on a few tokens; for them the model's own logits are used, for all positions at once.
+
+    Args:
+        model: a transformers causal language model, or a peft model over one.
+        autocast_dtype: arithmetic of the forward pass, or None for the weights' own.
+    """
+
+    def __init__(self, model: Any, *, autocast_dtype: torch.dtype | None = None) -> None:
+        self.model = model
+        self.autocast_dtype = autocast_dtype
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.head = inner.get_output_embeddings()
+        self.device = next(inner.parameters()).device
+        self.vocabulary = self.head.weight.shape[0] if self.head is not None else 0
+        self.split_head = self.head is not None and self._head_is_last()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which forward passes run."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    @torch.no_grad()
+    def _head_is_last(self) -> bool:
+        training = self.model.training
+        self.model.eval()
+        ids = torch.arange(4, device=self.device).remainder(self.vocabulary)[None]
+        whole = self._forward(ids, None).float()
+        with _passing_through(self.head):
+            hidden = self._forward(ids, None)
+        pieced = self.head(hidden).float()
+        self.model.train(training)
+        return whole.shape == pieced.shape and torch.allclose(whole, pieced, rtol=1e-3, atol=1e-3)
+
+    def _forward(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        extra = {} if positions is None else {"position_ids": positions}
+        output: Tensor = self.model(input_ids=ids, use_cache=False, **extra).logits
+        return output[:, -ids.shape[1] :]  # learned prompt tokens, if any, stand in front
+
+    def at_labels(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(states, targets, examples) at the L labelled positions, in the order of the batch.
+
+        `states` [L, H] are what the output layer gets (or, where that cannot be split off, the logits [L, V]);
+        `targets` int64 [L]; `examples` int64 [L] says which example each belongs to.
+        """
+        with self.autocast(), _passing_through(self.head if self.split_head else None):
+            output = self._forward(batch.ids, batch.positions)
+        ahead = batch.labelled[:, 1:]
+        return output[:, :-1][ahead], batch.ids[:, 1:][ahead], batch.examples[:, 1:][ahead]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """float32 [L, V] from what `at_labels` gave."""
+        if not self.split_head:
+            return states.float()
+        with self.autocast():
+            logits: Tensor = self.head(states)
+        return logits.float()
+
+    def pieces(self, num_rows: int) -> Iterator[slice]:
+        """Slices of the L rows, each small enough that its logits fit the piece."""
+        rows = max(1, _PIECE_LOGITS // max(1, self.vocabulary))
+        return (slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows))
+
+
+@contextmanager
+def _passing_through(head: Any | None) -> Iterator[None]:
+    """Inside, an output layer hands on its input."""
+    if head is None:
+        yield
+        return
+    head.forward = lambda states: states
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def backward(language_model: LanguageModel, batch: Batch, scale: float) -> float:
+    """Add the gradient of `scale` × Σ nats over the batch's labels to the parameters' gradients; returns Σ nats."""
+    states, targets, _ = language_model.at_labels(batch)
+    gradient = torch.empty_like(states)
+    total = torch.zeros((), dtype=torch.float64, device=states.device)
+    for piece in language_model.pieces(len(targets)):
+        leaf = states[piece].detach().requires_grad_()
+        nats = functional.cross_entropy(language_model.logits(leaf), targets[piece], reduction="sum")
+        torch.autograd.backward(nats * scale)
+        assert leaf.grad is not None
+        gradient[piece] = leaf.grad
+        total += nats.detach()
+    if states.requires_grad:
+        torch.autograd.backward(states, gradient)
+    return float(total)
+
+
+@torch.no_grad()
+def score(language_model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """(nats float64 [L], greedy-correct bool [L], examples int64 [L]) at the labelled positions."""
+    states, targets, examples = language_model.at_labels(batch)
+    nats = torch.empty(len(targets), dtype=torch.float64, device=targets.device)
+    correct = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
+    for piece in language_model.pieces(len(targets)):
+        logits = language_model.logits(states[piece])
+        nats[piece] = functional.cross_entropy(logits, targets[piece], reduction="none").double()
+        correct[piece] = logits.argmax(-1) == targets[piece]
+    return nats, correct, examples
