@@ -183,8 +183,8 @@ def _merge(recipe: Recipe, source: Path, output: Path) -> None:
         )
     if recipe.model.quantization != "none":
         raise RecipeError(
-            f"the base is loaded in {recipe.model.quantization}: merging into rounded weights would lose the adapter's
-            precision", hint="set model.quantization to none in a copy of the run's recipe.yaml, or export without --merge",
+            f"the base is loaded in {recipe.model.quantization}: merged into rounded weights, the adapter loses precision",
+            hint="set model.quantization to none in a copy of the run's recipe.yaml, or export without --merge",
         )
     base = load_base(recipe.model, choose_device("cpu"))
     merged = _with_adapter(base, recipe, source).merge_and_unload()

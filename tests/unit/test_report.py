@@ -646,3 +646,12 @@ def test_time_by_phase_adds_up(metrics: dict[str, Any]) -> None:
     assert shown["evaluate"] == text.duration(10 * 24 + 300)
     spent = 6.1 + 715 + 9 + 540 + 4 + 1010
     assert shown["other"] == text.duration(2298 - spent)
+
+
+def test_held_out_examples_seen_in_training_are_owned_up_to(metrics: dict[str, Any]) -> None:
+    seen = copy.deepcopy(metrics)
+    seen["partition"]["heldout_seen_in_training"] = 3
+    assert re.search(r"3 held-out\s+examples are identical", page_of(seen).words)
+    assert "never trained on" not in page_of(seen).words
+    assert not any("none of them trained on" in one for one in plain_summary(seen))
+    assert "never trained on by any site" in page_of(metrics).words

@@ -118,10 +118,8 @@ def validate(
             }
         )
         return
-    typer.echo(
-        f"{recipe} is valid: {loaded.federation.rounds} rounds of {loaded.federation.strategy.name}, digest
-        {recipe_digest(loaded)[:12]}"
-    )
+    rounds, strategy = loaded.federation.rounds, loaded.federation.strategy.name
+    typer.echo(f"{recipe} is valid: {rounds} rounds of {strategy}, digest {recipe_digest(loaded)[:12]}")
     if partition is not None:
         from .progress import print_partition
 

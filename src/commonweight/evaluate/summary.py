@@ -132,6 +132,11 @@ def num_sites(metrics: Metrics) -> int:
     return len(metrics.get("sites") or dig(metrics, "arms", "federated", "sites") or {})
 
 
+def num_seen(metrics: Metrics) -> int:
+    """Held-out examples that are identical, token for token, to one that some site trains on."""
+    return int(finite(dig(metrics, "partition", "heldout_seen_in_training")) or 0)
+
+
 def share_of_pooling(metrics: Metrics) -> float | None:
     """Federated's improvement over base as a share of centralised's; None unless centralised improves."""
     base, together, pooled = (macro_loss(metrics, arm) for arm in ("base", "federated", "centralised"))
@@ -204,7 +209,7 @@ def _losses(metrics: Metrics) -> str:
     alone = "when each site trains alone" if several else "when the site trains outside the federation"
     others = ((macro_loss(metrics, "local"), alone), (starting_loss(metrics), "before training"))
     against = [f"{number(loss)} {words}" for loss, words in others if loss is not None]
-    where = "On text that none of them trained on" if several else "On text kept out of training"
+    where = "On text that none of them trained on" if several and not num_seen(metrics) else "On held-out text"
     text = f"{where}, the shared model’s mean loss is {number(together)} nats per token{sure}"
     return text + (f", against {listed(against)}; lower is better." if against else "; lower is better.")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import charts, rows
 from .cards import cards
-from .summary import controls_table, dig, gains, headline, num_sites, summary_paragraphs
+from .summary import controls_table, dig, gains, headline, num_seen, num_sites, summary_paragraphs
 from .text import NONE, duration, finite, number, percent, significant, size, span, surprise, whole
 
 RATES = {"token_accuracy": "Tokens right", "exact_match": "Exact answers", "choice_accuracy": "Right choices"}
@@ -235,6 +235,7 @@ def partition(metrics: Metrics) -> View:
         "rows": [_size_row(row, max(counts.values())) for row in extremes(table)],
         "histogram_svg": hist if many else "",
         "figures": _skew(found, counts),
+        "num_seen": num_seen(metrics),
     }
 
 
@@ -254,7 +255,6 @@ def _skew(found: Mapping[str, Any], counts: Mapping[str, float]) -> list[tuple[s
         ("Difference between sites’ data", number(found.get("heterogeneity"), 3)),
         ("The same, if dealt at random", number(found.get("heterogeneity_iid"), 3)),
         ("Groups kept whole", whole(found.get("groups"))),
-        ("Held-out rows also trained on", whole(found.get("heldout_seen_in_training"))),
     ]
     return [(name, value) for name, value in figures if value != NONE]
 

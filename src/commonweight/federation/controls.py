@@ -74,7 +74,7 @@ def run_controls(recipe: Recipe, sites: Sites, engine: Engine, journal: Journal,
         if not isinstance(outcome, Completed):
             raise RoundError(
                 f"the {task.arm} control of {', '.join(task.sites[:3])} failed: {outcome.reason}",
-                hint="the federated adapter is complete; repeat with --resume, or leave the control out of evaluation.controls",
+                hint="the federated adapter is complete; repeat with --resume",
                 retry=True,
             )
         journal.put(task.key, outcome.result)
