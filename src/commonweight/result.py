@@ -183,7 +183,7 @@ def _merge(recipe: Recipe, source: Path, output: Path) -> None:
         )
     if recipe.model.quantization != "none":
         raise RecipeError(
-            f"the base is loaded in {recipe.model.quantization}: merged into rounded weights, the adapter loses precision",
+            f"the base is loaded in {recipe.model.quantization}: merging into rounded weights loses precision",
             hint="set model.quantization to none in a copy of the run's recipe.yaml, or export without --merge",
         )
     base = load_base(recipe.model, choose_device("cpu"))

@@ -6,6 +6,8 @@ equality is exact too, and a test that compares bits does not depend on the orde
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 import torch
@@ -129,7 +131,7 @@ def test_the_same_order_gives_the_same_bits(layout: Layout, seed: int, weights: 
 @quick
 @given(layouts, seeds, whole_weights, st.randoms(use_true_random=False))
 def test_order_does_not_matter_where_sums_are_exact(
-    layout: Layout, seed: int, weights: list[float], random: st.random.Random
+    layout: Layout, seed: int, weights: list[float], random: Random
 ) -> None:
     pairs = list(zip(drawn(layout, seed, len(weights), of="whole"), weights, strict=True))
     shuffled = random.sample(pairs, len(pairs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 
@@ -94,7 +95,7 @@ def test_flats_in_an_arena_are_aligned_and_apart() -> None:
         assert start % 64 == 0
         spans.append((start, start + flat.numel() * flat.element_size()))
     spans.sort()
-    assert all(stop <= start for (_, stop), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
     assert spans[-1][1] <= layout.arena_bytes
 
 

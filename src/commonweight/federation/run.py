@@ -110,8 +110,8 @@ class FederatedRun:
         bad = first_non_finite(state.theta)
         if bad is not None:
             raise RoundError(
-                f"round {number}: {self.strategy.name}'s step made {bad!r} non-finite; the model stays as round
-                {number - 1} left it", hint="lower the strategy's lr or the sites' training.lr",
+                f"round {number}: {self.strategy.name}'s step made {bad!r} non-finite; the round was not committed",
+                hint="lower the strategy's lr or the sites' training.lr",
             )
         self._commit(round, state, tally, timing, evaluated_at)
         return state
