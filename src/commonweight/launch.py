@@ -111,7 +111,9 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
                 "federated": federated_at - trained_from,
                 "controls": ended - federated_at,
             },
-            **_partition_facts(bench.partition),
+            "sites": bench.partition["sites"],
+            "partition": {key: value for key, value in bench.partition.items() if key != "sites"},
+            "engine": recipe.engine.kind,
             "model": {
                 **_model_facts(bench),
                 "digest": digests["base weights"],
@@ -159,31 +161,6 @@ def _describe(engine: InProcessEngine, bench: Bench, events: Events) -> None:
         trainable=bench.participant.trainables.num_parameters,
         rounds=bench.recipe.federation.rounds,
     )
-
-
-def _partition_facts(report: Mapping[str, Any]) -> dict[str, Any]:
-    counts = (
-        "train_examples",
-        "train_tokens",
-        "heldout_examples",
-        "heldout_label_tokens",
-        "truncated",
-        "dropped",
-        "skipped",
-    )
-    sites = {
-        site["name"]: {**{key: site[key] for key in counts}, "train_label_tokens": site["label_tokens"]}
-        for site in report["sites"]
-    }
-    partition = {
-        "size_gini": report["size"]["gini"],
-        "largest_over_smallest": report["size"]["largest_over_smallest"],
-        "heterogeneity": report["heterogeneity"]["js_divergence"],
-        "heterogeneity_iid": report["heterogeneity"]["iid_reference"],
-        "groups": report["groups"]["heldout"],
-        "digest": report["digest"],
-    }
-    return {"sites": sites, "partition": partition}
 
 
 def _model_facts(bench: Bench) -> Mapping[str, Any]:

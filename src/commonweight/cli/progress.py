@@ -163,12 +163,11 @@ def print_result(metrics: Mapping[str, Any], folder: Path) -> None:
 
 def print_partition(partition: Mapping[str, Any]) -> None:
     """How the data falls to sites."""
-    counts = ("train_examples", "train_tokens", "label_tokens", "heldout_examples", "truncated", "dropped")
-    rows = [(site["name"], *(f"{site[key]:,}" for key in counts)) for site in partition["sites"]]
+    counts = ("train_examples", "train_tokens", "train_label_tokens", "heldout_examples", "truncated", "dropped")
+    rows = [(name, *(f"{site[key]:,}" for key in counts)) for name, site in partition["sites"].items()]
     shown = rows if len(rows) <= 40 else [*rows[:20], ("…", *("",) * 6), *rows[-19:]]
     table(("site", "rows", "tokens", "label tokens", "held out", "cut", "dropped"), shown, right=range(1, 7))
-    skew = partition["heterogeneity"]
     print(
-        f"\nsize skew (Gini) {number(partition['size']['gini'], 2)}; heterogeneity {number(skew['js_divergence'])} "
-        f"(the same rows shuffled: {number(skew['iid_reference'])})"
+        f"\nsize skew (Gini) {number(partition['size_gini'], 2)}; heterogeneity {number(partition['heterogeneity'])} "
+        f"(the same rows shuffled: {number(partition['heterogeneity_iid'])})"
     )

@@ -2,10 +2,10 @@
 
 The natural schemes take sites as they are (a field's values, the files). The synthetic ones make sites out of a pool:
 `iid` deals shuffled rows evenly; `dirichlet` spreads each value of a field over sites by shares from a symmetric
-Dirichlet (Hsu, Qi and Brown 2019, arXiv:1909.06335, with the roles of site and class as in Yurochkin et al. 2019,
-arXiv:1905.12022); `shards` sorts by a field and deals contiguous pieces (McMahan et al. 2017, arXiv:1602.05629, §3);
-`quantity` is IID in kind with Dirichlet sizes. Rows keep their order inside a site, each falls to exactly one, and no
-synthetic site is empty: one that would be takes a row from the largest (a random one, drawn by the seed).
+Dirichlet (Yurochkin et al. 2019, arXiv:1905.12022); `shards` sorts by a field and deals contiguous pieces (McMahan et
+al. 2017, arXiv:1602.05629, §3); `quantity` is IID in kind with Dirichlet sizes. Rows keep their order inside a site,
+each falls to exactly one, and no synthetic site is empty: one that would be takes a row from the largest (a random
+one, drawn by the seed).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Over sites: `size_gini`, the Gini coefficient of training examples (0: all alike
 `largest_over_smallest` of them; with `holdout.by`, the number of `groups` and of those held out; `heterogeneity`: the
 mean over sites of the Jensen-Shannon divergence, in bits and so in [0, 1], between the site's distribution of
 training tokens and the pooled one (Lin 1991, "Divergence measures based on the Shannon entropy", IEEE Trans. Inf.
-Theory 37(1), eq. 3.1 with equal weights). Small sites diverge by chance alone, so `heterogeneity_iid` gives the same
+Theory 37(1), with equal weights). Small sites diverge by chance alone, so `heterogeneity_iid` gives the same
 figure after dealing the same training examples at random to sites of the same sizes.
 
 `heldout_seen_in_training` counts held-out examples of which some site trains on an identical one, token for token:
