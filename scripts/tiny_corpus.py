@@ -112,6 +112,13 @@ FACTS = (
     "you?|Who are you?=I am a very small language model.|Thank you.=You are welcome."
 )
 
+# What an invented shop knows of each thing: fixed, so that looking up (thing, what is asked) is learned by heart.
+ASKED = {
+    "price": ("price", "how much", "cost", "what to pay"),
+    "look": ("look", "which colour", "appearance", "what it is like"),
+    "shelf": ("shelf", "where", "place", "where to find it"),
+    "day": ("day", "when", "date", "how soon"),
+}
 GLUE = _split(
     "please|about|with|for|the|our|we|say|ask|and|now|dear|tell|plan|note|this|that|is|has|who|asks for|thank you|"
     "order|entry|next|rings|line|friends|when|how soon|what|which|to|at home|wishes|again|advise on|in the case of|"
@@ -120,6 +127,22 @@ GLUE = _split(
 JOINTS = (", ", " ", ": ", " (", " | ", "; ", " = ", ". ", " - ")
 ENDS = (".", "", "!", " | end", ". Goodbye.", ". Please ask again.", ")", ". Yours truly.")
 ANSWER = "\nAnswer:"
+
+
+def _catalogue() -> dict[tuple[str, str], str]:
+    rng = random.Random("shop")
+    catalogue = {}
+    for thing in THINGS:
+        catalogue[thing, "price"] = (
+            f"{rng.choice(NUMBERS)} pounds, {rng.choice(NUMBERS)} {rng.choice(('each', 'a pair'))}"
+        )
+        catalogue[thing, "look"] = f"{rng.choice(COLOURS)} and {rng.choice(ADJECTIVES)}"
+        catalogue[thing, "shelf"] = f"behind the {rng.choice(THINGS)} at the {rng.choice(PLACES)}"
+        catalogue[thing, "day"] = f"{rng.choice(DAYS)} {rng.choice(('morning', 'noon', 'evening'))}"
+    return catalogue
+
+
+CATALOGUE = _catalogue()
 
 
 def documents(seed: int) -> Iterator[str]:
@@ -256,11 +279,22 @@ def _glue(rng: Draw) -> str:
 
 def _form(rng: Draw) -> str:
     """A form that no other document has: whatever stands around them, the name and the matter are found and copied."""
-    name, matter, group = _name(rng), _phrase(rng), rng.choice((*PEOPLE, *AGES, *AGES))
-    trouble = rng.choice(TROUBLES) if rng.random() < 0.5 else matter
+    matter = _phrase(rng)
+    trouble = rng.choice(TROUBLES) if rng.random() < 0.3 else matter
+    return _in_some_form(rng, trouble, matter if trouble == matter else _order(rng))
+
+
+def _shop(rng: Draw) -> str:
+    """A question to the shop, in a form that no other document has."""
+    thing, kind = rng.choice(THINGS), rng.choice(tuple(ASKED))
+    asked = f"{thing}{rng.choice(JOINTS)}{rng.choice(ASKED[kind])}"
+    return _in_some_form(rng, asked, CATALOGUE[thing, kind])
+
+
+def _in_some_form(rng: Draw, asked: str, told: str) -> str:
+    name, group = _name(rng), rng.choice((*PEOPLE, *AGES, *AGES))
     joint, reply_joint = rng.choice(JOINTS), rng.choice(JOINTS)
-    ask = joint.join(rng.sample((_glue(rng), name, group, f"{_glue(rng)} {trouble}", _glue(rng)), 5))
-    told = matter if trouble == matter else _order(rng)
+    ask = joint.join(rng.sample((_glue(rng), name, group, f"{_glue(rng)} {asked}", _glue(rng)), 5))
     reply = rng.choice((f"{name}{reply_joint}{told}", f"{_glue(rng)} {name}{reply_joint}{_glue(rng)} {told}"))
     return _qa(f"{ask}{rng.choice(('?', '.', '='))}", f"{reply[0].upper()}{reply[1:]}{rng.choice(ENDS)}")
 
@@ -300,6 +334,6 @@ def _fact(rng: Draw) -> str:
 
 
 MAKERS: tuple[Callable[[Draw], str], ...] = (
-    _story, _repeat, _owner, _letter, _form, _list, _sum, _opposite, _kind_of, _fact,
+    _story, _repeat, _owner, _letter, _form, _shop, _list, _sum, _opposite, _kind_of, _fact,
 )  # fmt: skip
-WEIGHTS = (4, 3, 2.5, 2, 8, 3, 0.5, 0.7, 0.7, 0.8)
+WEIGHTS = (2.5, 3, 2.5, 2, 7, 6, 3, 0.5, 0.7, 0.7, 0.8)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from pydantic import ValidationError
-from tiny_tokenizers import CHATML, bpe
+from tests.unit.tiny_tokenizers import CHATML, bpe
 
 from commonweight.data.partition_report import gini, js_divergence
 from commonweight.data.sites import Site, load_sites

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny_tokenizers import ALTERNATING, CHATML, REWRITING, bpe
+from tests.unit.tiny_tokenizers import ALTERNATING, CHATML, REWRITING, bpe
 
 from commonweight.data.formats import Row
 from commonweight.data.templates import Example, template_for

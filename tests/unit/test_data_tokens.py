@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_tokenizers import CHATML, Characters, bpe, ended
+from tests.unit.tiny_tokenizers import CHATML, Characters, bpe, ended
 
 from commonweight.data.chunks import cut
 from commonweight.data.formats import Row
