@@ -17,14 +17,13 @@ from .evaluate.report import write_report
 from .federation.cohort import check_cohort
 from .federation.controls import run_controls
 from .federation.evaluation import Evaluation
-from .federation.events import Events, Listener
+from .federation.events import Events, Listener, phase_seconds
 from .federation.folder import RunFolder, write_json, write_text
 from .federation.journal import Journal
 from .federation.record import Record
 from .federation.run import FederatedRun
-from .model.adapters import save_adapter
+from .federation.tally import Sites
 from .model.base import tokenizer_digest, weights_digest
-from .model.tensors import NamedTensors
 from .recipe.load import check_methods, load_recipe
 from .recipe.resolved import recipe_differences, recipe_digest, recipe_text
 from .recipe.schema import Recipe
@@ -65,10 +64,10 @@ def _check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> dict[str, Any]:
-    began, started = time.perf_counter(), datetime.now(UTC)
     events = Events(folder.path / "events.jsonl", listeners)
     journal = Journal(folder.path / "state.sqlite")
     try:
+        began, started = time.perf_counter(), datetime.now(UTC)
         write_text(folder.path / "recipe.yaml", recipe_text(recipe))
         events.emit("run_started", name=recipe.name, resumed_after_round=journal.last_round())
         bench = build_bench(recipe)
@@ -76,60 +75,49 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
         check_cohort(len(sites.names), recipe.federation)
         digests = _digests(recipe, bench)
         journal.bind(digests)
-        strategy = _strategy(recipe, len(sites.names))
-        loaded = time.perf_counter()
-        events.emit("loaded", sites=list(sites.names)[:100], num_sites=len(sites.names), seconds=loaded - began)
-        with InProcessEngine(bench, strategy, folder.path, events) as engine:
-            _describe(engine, bench, events)
-            evaluation = Evaluation(recipe, sites, engine, journal, events)
-            engine.broadcast(bench.theta, {})
-            evaluation.base()
-            trained_from = time.perf_counter()
-
-            def save(theta: NamedTensors, where: Path) -> None:
-                bench.participant.trainables.values.copy_(theta)
-                save_adapter(bench.model, None, where)
-
-            federated = FederatedRun(recipe, sites, strategy, engine, folder, journal, events, evaluation, save)
-            state = federated.run(bench.theta.clone())
-            bench.participant.trainables.values.copy_(state.theta)
-            save_adapter(bench.model, bench.base.tokenizer, folder.path / "adapter")
-            federated_at = time.perf_counter()
-            events.emit("adapter_saved", folder="adapter", digest=state.theta.digest())
-            if {"local", "centralised"} & set(recipe.evaluation.controls):
-                run_controls(recipe, sites, engine, journal, events)
-            workers = engine.num_workers
-        ended = time.perf_counter()
+        seconds = time.perf_counter() - began
+        events.emit("loaded", sites=list(sites.names)[:100], num_sites=len(sites.names), seconds=seconds)
+        trained = _train(bench, sites, folder, journal, events)
+        events.emit("run_finished", seconds=time.perf_counter() - began)
+        events.flush()
         facts = {
-            "version": __version__,
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": {
-                "total": ended - began,
-                "load": loaded - began,
-                "evaluate": trained_from - loaded,
-                "federated": federated_at - trained_from,
-                "controls": ended - federated_at,
-            },
-            "sites": bench.partition["sites"],
-            "partition": {key: value for key, value in bench.partition.items() if key != "sites"},
-            "engine": recipe.engine.kind,
-            "model": {
-                **_model_facts(bench),
-                "digest": digests["base weights"],
-                "tokenizer_digest": digests["tokenizer"],
-            },
-            "adapter": {"digest": state.theta.digest()},
-            "machine": {**_machine(bench), "workers": workers},
+            "seconds": phase_seconds(folder.path / "events.jsonl"),
+            **_facts(bench, digests, trained),
         }
         metrics = Record(recipe, sites, journal).metrics(facts)
         write_json(folder.path / "metrics.json", metrics)
         write_report(folder.path)
-        events.emit("run_finished", seconds=ended - began)
         return metrics
     finally:
         events.close()
         journal.close()
+
+
+def _train(bench: Bench, sites: Sites, folder: RunFolder, journal: Journal, events: Events) -> dict[str, Any]:
+    """Every arm, on the engine's workers: their number, and the digest of the resulting adapter."""
+    recipe = bench.recipe
+    strategy = _strategy(recipe, len(sites.names))
+    with InProcessEngine(bench, strategy, folder.path, events) as engine:
+        events.emit(
+            "engine_started",
+            workers=engine.num_workers,
+            device=str(bench.base.device),
+            trainable=bench.participant.trainables.num_parameters,
+            rounds=recipe.federation.rounds,
+        )
+        evaluation = Evaluation(recipe, sites, engine, journal, events)
+        engine.broadcast(bench.theta, {})
+        evaluation.base()
+        federated = FederatedRun(recipe, sites, strategy, engine, folder, journal, events, evaluation, bench.save)
+        state = federated.run(bench.theta.clone())
+        bench.save(state.theta, folder.path / "adapter", tokenizer=True)
+        digest = state.theta.digest()
+        events.emit("adapter_saved", folder="adapter", digest=digest)
+        if {"local", "centralised"} & set(recipe.evaluation.controls):
+            run_controls(recipe, sites, engine, journal, events)
+        return {"workers": engine.num_workers, "adapter_digest": digest}
 
 
 def _strategy(recipe: Recipe, num_sites: int) -> Strategy:
@@ -153,26 +141,27 @@ def _digests(recipe: Recipe, bench: Bench) -> dict[str, str]:
     }
 
 
-def _describe(engine: InProcessEngine, bench: Bench, events: Events) -> None:
-    events.emit(
-        "engine_started",
-        workers=engine.num_workers,
-        device=str(bench.base.device),
-        trainable=bench.participant.trainables.num_parameters,
-        rounds=bench.recipe.federation.rounds,
-    )
-
-
-def _model_facts(bench: Bench) -> Mapping[str, Any]:
+def _facts(bench: Bench, digests: Mapping[str, str], trained: Mapping[str, Any]) -> dict[str, Any]:
+    """What the journal does not know: versions, data, model, machine."""
     return {
-        "name": bench.base.name,
-        "parameters": bench.base.num_parameters,
-        "trainable": bench.participant.trainables.num_parameters,
-        "adapter_bytes": bench.theta.layout.num_bytes,
+        "version": __version__,
+        "sites": bench.partition["sites"],
+        "partition": {key: value for key, value in bench.partition.items() if key != "sites"},
+        "engine": bench.recipe.engine.kind,
+        "model": {
+            "name": bench.base.name,
+            "parameters": bench.base.num_parameters,
+            "trainable": bench.participant.trainables.num_parameters,
+            "adapter_bytes": bench.theta.layout.num_bytes,
+            "digest": digests["base weights"],
+            "tokenizer_digest": digests["tokenizer"],
+        },
+        "machine": {**_machine(), "device": str(bench.base.device), "workers": trained["workers"]},
+        "adapter": {"digest": trained["adapter_digest"]},
     }
 
 
-def _machine(bench: Bench) -> dict[str, Any]:
+def _machine() -> dict[str, Any]:
     import peft
     import torch
     import transformers
@@ -184,5 +173,4 @@ def _machine(bench: Bench) -> dict[str, Any]:
         "peft": peft.__version__,
         "platform": platform.platform(),
         "cpus": available_cores(),
-        "device": str(bench.base.device),
     }

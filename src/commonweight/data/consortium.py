@@ -2,7 +2,7 @@
 
 The consortium shares `PROTOCOL`: for each of 18 conditions a triage level, a team, a medicine with its dose, advice
 for home, a warning sign and a review. Patients, hospitals, medicines and doses are made up. Each site differs in what
-it sees (half of its questions are about its own three conditions), in what it is asked (triage, doses, going home,
+it sees (its own three conditions twice as often as any others), in what it is asked (triage, doses, going home,
 review, in other shares) and in how it asks and answers (telegram, family letter, referral, telephone, table, prose).
 
 So a site alone sees its own conditions often and most others never, while a new patient may bring any of them: what
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 ROWS_PER_PATIENT = 4
-OWN_SHARE = 0.5  # of the questions, about the site's own conditions; the rest fall on the other 15 alike
+OWN_SHARE = 0.3  # of the questions, about the site's own 3 conditions; the rest fall on the other 15 alike
 
 KINDS = ("triage", "dose", "home", "review")
 WAIT = {"red": "at once", "amber": "within two hours", "green": "within three days"}
@@ -105,7 +105,7 @@ SITES = (
     Site(
         name="Harbour Heart Institute",
         team="heart",
-        patients=26,
+        patients=28,
         kinds=(4, 4, 1, 1),
         ages=(1, 4, 5),
         ask={
@@ -119,7 +119,7 @@ SITES = (
     Site(
         name="Little Oaks Children's Clinic",
         team="children",
-        patients=24,
+        patients=26,
         kinds=(3, 1, 5, 1),
         ages=(8, 1, 1),
         ask={
@@ -133,7 +133,7 @@ SITES = (
     Site(
         name="Northmoor Lung Centre",
         team="lung",
-        patients=22,
+        patients=24,
         kinds=(1, 4, 1, 4),
         ages=(1, 5, 4),
         ask={
@@ -147,7 +147,7 @@ SITES = (
     Site(
         name="Saint Brannoc Country Practice",
         team="wound",
-        patients=28,
+        patients=30,
         kinds=(5, 1, 3, 1),
         ages=(3, 4, 3),
         ask={
@@ -161,7 +161,7 @@ SITES = (
     Site(
         name="Tidewater Kidney Unit",
         team="kidney",
-        patients=20,
+        patients=22,
         kinds=(1, 6, 1, 2),
         ages=(1, 5, 4),
         ask={
@@ -175,7 +175,7 @@ SITES = (
     Site(
         name="Amberfield Hospital for Nervous Diseases",
         team="nerve",
-        patients=24,
+        patients=26,
         kinds=(1, 1, 4, 4),
         ages=(2, 5, 3),
         ask={
@@ -199,7 +199,7 @@ LAST_NAMES = (
 
 
 def rows(seed: int = 0) -> list[dict[str, str]]:
-    """The consortium's rows: 576 questions with their answers, site after site.
+    """The consortium's rows: 624 questions with their answers, site after site.
 
     Args:
         seed: decides the patients and what is asked of each; the protocol and the sites are always the same.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from ..data.sites import Site, load_sites
 from ..errors import RecipeError
 from ..federation.tally import Sites
-from ..model.adapters import attach_adapter
+from ..model.adapters import attach_adapter, save_adapter
 from ..model.base import Base, choose_device, load_base
 from ..model.tensors import NamedTensors
 from ..model.trainables import Trainables
@@ -54,6 +55,11 @@ class Bench:
         rows = {n: len(batches.sequences(s.train, spec, self.pack_seed(n))) for n, s in self.sites.items()}
         steps = {name: batches.num_steps(spec, rows[name]) for name in names}
         return Sites(names, steps, {name: site.groups for name, site in self.sites.items()})
+
+    def save(self, theta: NamedTensors, folder: Path, *, tokenizer: bool = False) -> None:
+        """Write global tensors into a folder as an adapter that peft opens, with the tokenizer if asked for."""
+        self.participant.trainables.values.copy_(theta)
+        save_adapter(self.model, self.base.tokenizer if tokenizer else None, folder)
 
     def pack_seed(self, site: str) -> int:
         return derive_seed(self.recipe.seed, "pack", site)

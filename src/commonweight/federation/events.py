@@ -49,3 +49,29 @@ def _drop_partial_line(path: Path) -> None:
     with path.open("rb+") as handle:
         content = handle.read()
         handle.truncate(content.rfind(b"\n") + 1)
+
+
+#: the phase that each of these events begins; `run_started` also begins a new process's part of the run
+_PHASES = {
+    "run_started": "load",
+    "engine_started": "evaluate",
+    "round_opened": "federated",
+    "controls_started": "controls",
+    "run_finished": "",
+}
+
+
+def phase_seconds(path: Path) -> dict[str, float]:
+    """Seconds of a run by phase, over all the processes that worked on it, from its events.
+
+    `load` is reading data and model; `evaluate` the base model's evaluation; `federated` the rounds and the result's
+    evaluation; `controls` the control arms; `total` their sum. Work that was lost to a kill counts too.
+    """
+    seconds = dict.fromkeys(("load", "evaluate", "federated", "controls"), 0.0)
+    phase, since = "", 0.0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        if phase and event["event"] != "run_started":
+            seconds[phase] += event["t"] - since
+        phase, since = _PHASES.get(event["event"], phase), event["t"]
+    return {**seconds, "total": sum(seconds.values())}

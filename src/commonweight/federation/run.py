@@ -31,7 +31,7 @@ from .round import Answered, Committed, DeadlinePassed, Failed, Phase, Round, an
 from .tally import Sites, Tally, Timing
 
 #: an accepted update is kept on disk until its round commits if it took its site longer than this; cheaper ones are
-#redone
+# redone
 KEEP_UPDATES_OVER_S = 1.0
 
 
