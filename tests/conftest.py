@@ -14,7 +14,9 @@ import torch
 from commonweight.recipe import Recipe
 from tests.unit.tiny_tokenizers import bpe
 
-WORDS = "fever cough rest honey water sleep doctor nurse blood heart lung knee pain dose daily twice never often".split()
+WORDS = (
+    "fever cough rest honey water sleep doctor nurse blood heart lung knee pain dose daily twice never often".split()
+)
 SITES = ("north", "south", "west")
 
 
@@ -51,7 +53,12 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for site, count in zip(SITES, (24, 18, 12), strict=True):
             for k in range(count):
                 words = draw.choices(WORDS, k=draw.randint(4, 12))
-                row = {"site": site, "subject": f"{site}-{k // 2}", "question": " ".join(words[:3]), "answer": " ".join(words)}
+                row = {
+                    "site": site,
+                    "subject": f"{site}-{k // 2}",
+                    "question": " ".join(words[:3]),
+                    "answer": " ".join(words),
+                }
                 file.write(json.dumps(row) + "\n")
     return path
 

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -45,8 +45,11 @@ from ..strategies.update import Update
 from .bench import Bench
 from .hand import Hand, Memory
 
-#: a worker whose tasks take less than this gets its next one before it has answered, so that it need not wait for it
-_SHORT_TASK_S = 0.01
+#: a worker whose tasks take less than this gets several at once and answers them together; a message each costs more
+_SHORT_TASK_S = 0.005
+_TASKS_AT_ONCE = 8
+#: shared memory for updates: room for several a worker, as long as they fit in this; never fewer than two a worker
+_SLOTS_BYTES = 64 << 20
 _KINDS = {kind.__name__: kind for kind in (TrainTask, EvaluateTask, ChainTask, SampleTask)}
 
 
@@ -56,7 +59,7 @@ def available_cores() -> int:
 
 @dataclass
 class Worker:
-    """A worker process, and the tasks it has: (index, slot), the first being worked on."""
+    """A worker process, and the tasks it was given together: (index, slot)."""
 
     process: BaseProcess
     connection: Connection
@@ -66,7 +69,7 @@ class Worker:
 
     @property
     def room(self) -> int:
-        return (2 if self.task_s < _SHORT_TASK_S else 1) - len(self.tasks)
+        return (_TASKS_AT_ONCE if self.task_s < _SHORT_TASK_S else 1) - len(self.tasks)
 
 
 class InProcessEngine:
@@ -85,12 +88,18 @@ class InProcessEngine:
         wanted = available_cores() if recipe.engine.workers == "auto" else recipe.engine.workers
         self.forks = bench.base.device.type == "cpu" and hasattr(os, "fork") and sys.platform != "darwin"
         self.num_workers = min(wanted, max(2, len(bench.sites))) if self.forks else 1
-        self.memory = Memory.allocate(strategy, bench.theta, 2 * self.num_workers if self.forks else 1)
+        self.memory = Memory.allocate(strategy, bench.theta, self._num_slots())
         self.global_tensors = self.memory.channels(
             ("theta", *strategy.broadcast_channels), self.memory.broadcast, bench.theta
         )
         self.slots = [self.memory.channels(strategy.update_channels, slot, bench.theta) for slot in self.memory.slots]
         self.workers: list[Worker] = []
+
+    def _num_slots(self) -> int:
+        if not self.forks:
+            return 1
+        update_bytes = len(self.strategy.update_channels) * self.bench.theta.layout.arena_bytes
+        return max(2, min(2 * _TASKS_AT_ONCE, _SLOTS_BYTES // update_bytes // self.num_workers)) * self.num_workers
 
     def __enter__(self) -> InProcessEngine:
         if self.forks:
@@ -171,10 +180,11 @@ class InProcessEngine:
         hand = Hand(self.bench, self.strategy, self.memory, self.folder, lambda f: _send(connection, {"progress": f}))
         while True:
             try:
-                kind, fields, slot = json.loads(connection.recv_bytes())
+                tasks = json.loads(connection.recv_bytes())
             except (EOFError, OSError):
                 return
-            _send(connection, _carry_out(hand, _KINDS[kind](**_tuples(fields)), slot))
+            answers = [_carry_out(hand, _KINDS[kind](**_tuples(fields)), slot) for kind, fields, slot in tasks]
+            _send(connection, {"answers": answers})
 
 
 class Shift:
@@ -187,6 +197,7 @@ class Shift:
         self.free = list(range(len(engine.slots)))
         self.done: dict[int, tuple[Outcome, int | None]] = {}
         self.deaths: dict[int, int] = {}
+        self.suspects: set[int] = set()
 
     def outcomes(self) -> Iterator[Outcome]:
         try:
@@ -204,18 +215,24 @@ class Shift:
 
     def _send_out(self) -> None:
         """Give the next tasks, in order, to whoever has room, as long as their updates have a slot."""
-        for worker in sorted(self.engine.workers, key=lambda w: len(w.tasks)):
+        for worker in self.engine.workers:
+            if worker.tasks:
+                continue
+            message = []
             while self.todo and worker.room > 0:
                 needs_slot = isinstance(self.tasks[self.todo[0]], TrainTask)
-                if needs_slot and not self.free:
-                    return
+                if (needs_slot and not self.free) or (message and self.todo[0] in self.suspects):
+                    break
                 index = heapq.heappop(self.todo)
                 slot = self.free.pop() if needs_slot else None
-                if not worker.tasks:
-                    worker.sent_at = time.monotonic()
                 worker.tasks.append((index, slot))
                 task = self.tasks[index]
-                _send(worker.connection, [type(task).__name__, asdict(task), slot])
+                message.append([type(task).__name__, vars(task), slot])
+                if index in self.suspects:
+                    break
+            if message:
+                worker.sent_at = time.monotonic()
+                _send(worker.connection, message)
 
     def _gather(self) -> None:
         """Wait for answers, deaths or the deadline, and take in what there is."""
@@ -234,14 +251,14 @@ class Shift:
         """Every answer that a worker has sent; False if it is dead."""
         try:
             while worker.connection.poll():
-                answer = json.loads(worker.connection.recv_bytes())
-                if "progress" in answer:
-                    self.engine._on_progress(answer["progress"])
+                message = json.loads(worker.connection.recv_bytes())
+                if "progress" in message:
+                    self.engine._on_progress(message["progress"])
                     continue
-                index, slot = worker.tasks.popleft()
-                now = time.monotonic()
-                worker.task_s, worker.sent_at = now - worker.sent_at, now
-                self._finish(index, slot, self.engine.outcome(self.tasks[index], answer, slot))
+                worker.task_s = (time.monotonic() - worker.sent_at) / len(worker.tasks)
+                for answer in message["answers"]:
+                    index, slot = worker.tasks.popleft()
+                    self._finish(index, slot, self.engine.outcome(self.tasks[index], answer, slot))
         except (EOFError, OSError):
             return False
         return worker.process.is_alive()
@@ -253,15 +270,16 @@ class Shift:
         self.done[index] = (outcome, slot)
 
     def _bury(self, worker: Worker) -> None:
-        """A worker died: replace it; repeat what it was working on, unless that has killed too many."""
+        """A worker died: replace it, and repeat its tasks one at a time; one that goes on killing is dropped."""
         worker.process.join()
         code = worker.process.exitcode
         self.engine.events.emit("worker_replaced", exit_code=code)
-        for position, (index, slot) in enumerate(worker.tasks):
+        alone = len(worker.tasks) == 1
+        for index, slot in worker.tasks:
             if slot is not None:
                 self.free.append(slot)
-            if position == 0:
-                self.deaths[index] = self.deaths.get(index, 0) + 1
+            self.suspects.add(index)
+            self.deaths[index] = self.deaths.get(index, 0) + alone
             if self.deaths.get(index, 0) > self.engine.retries:
                 self._finish(index, None, Dropped(self.tasks[index], _cause_of_death(code)))
             else:

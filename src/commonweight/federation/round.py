@@ -130,7 +130,8 @@ class Round:
         return ""
 
     def _closed_if_decided(self) -> Round:
-        if not self.waiting or len(self.answered) + len(self.waiting) < self.needed:
+        num_waiting = len(self.cohort) - len(self.answered) - len(self.failed)
+        if num_waiting == 0 or len(self.answered) + num_waiting < self.needed:
             return self._closed()
         return self
 
