@@ -76,7 +76,10 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
         digests = _digests(recipe, bench)
         journal.bind(digests)
         seconds = time.perf_counter() - began
-        events.emit("loaded", sites=list(sites.names)[:100], num_sites=len(sites.names), seconds=seconds)
+        layout = bench.partition["layout"]
+        events.emit(
+            "loaded", sites=list(sites.names)[:100], num_sites=len(sites.names), layout=layout, seconds=seconds
+        )
         trained = _train(bench, sites, folder, journal, events)
         events.emit("run_finished", seconds=time.perf_counter() - began)
         events.flush()

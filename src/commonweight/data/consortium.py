@@ -1,6 +1,6 @@
 """The demo's data: six invented hospitals that follow one invented care protocol. None of it is medical advice.
 
-The protocol files each of 60 complaints under one of six care pathways and one of three triage levels. The pathway
+The protocol files each of 48 complaints under one of six care pathways and one of three triage levels. The pathway
 decides the team, the medicine, the advice for home, the warning sign and the test; the level decides how soon, how
 much and when next. Hospitals, patients, medicines and doses are made up. Sites differ in what they see (about a third
 of a site's questions are on its own pathway), in what they are asked (triage, doses, going home, review, in other
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 ROWS_PER_PATIENT = 4
 OWN_SHARE = 0.35  # of a site's questions are on its own pathway; the rest fall on the other five alike
 
-KINDS = ("triage", "dose", "home", "review")
+KINDS = ("triage", "medicine", "home care", "review")
 FORM = {"child": "as a syrup", "adult": "as a tablet", "older adult": "as half a tablet"}
 
 
@@ -62,33 +62,33 @@ LEVELS = {
 INDEX = {
     "heart": {
         "red": ("chest pain", "cold sweat", "tight chest"),
-        "amber": ("palpitations", "swollen ankles", "racing pulse", "slow pulse"),
-        "green": ("high blood pressure", "skipped beats", "varicose veins"),
+        "amber": ("palpitations", "swollen ankles", "racing pulse"),
+        "green": ("high blood pressure", "varicose veins"),
     },
     "fever": {
         "red": ("fever with rash", "fever fits"),
-        "amber": ("measles", "tonsillitis", "swollen glands", "chickenpox"),
-        "green": ("earache", "stomach flu", "mumps", "sore throat"),
+        "amber": ("measles", "tonsillitis", "swollen glands"),
+        "green": ("earache", "stomach flu", "sore throat"),
     },
     "lung": {
         "red": ("bloody sputum", "asthma attack", "pneumonia"),
-        "amber": ("wheezing", "bronchitis", "croup", "pleurisy"),
-        "green": ("smoker's cough", "hay fever", "dry cough"),
+        "amber": ("wheezing", "bronchitis", "croup"),
+        "green": ("smoker's cough", "hay fever"),
     },
     "wound": {
         "red": ("wasp sting", "scalded hand", "broken wrist"),
-        "amber": ("infected cut", "dog bite", "nail puncture"),
-        "green": ("back strain", "splinter", "sprained ankle", "torn muscle"),
+        "amber": ("infected cut", "dog bite"),
+        "green": ("back strain", "splinter", "sprained ankle"),
     },
     "kidney": {
         "red": ("high potassium", "bloody urine", "blocked urine"),
-        "amber": ("kidney stones", "foamy urine", "bladder infection", "groin colic"),
-        "green": ("gout", "dark urine", "constant thirst"),
+        "amber": ("kidney stones", "foamy urine", "bladder infection"),
+        "green": ("gout", "constant thirst"),
     },
     "nerve": {
         "red": ("seizures", "drooping face", "slurred speech"),
-        "amber": ("dizziness", "numb foot", "memory gaps"),
-        "green": ("migraine", "tingling hands", "shaking hands", "poor sleep"),
+        "amber": ("dizziness", "numb foot"),
+        "green": ("migraine", "tingling hands", "shaking hands"),
     },
 }
 
@@ -106,9 +106,9 @@ class Complaint:
         pathway, level = PATHWAYS[self.pathway], LEVELS[self.level]
         if kind == "triage":
             return f"{self.level}, {level.wait}, {self.pathway} team"
-        if kind == "dose":
+        if kind == "medicine":
             return f"{pathway.drug} {level.dose}, {FORM[age]}"
-        if kind == "home":
+        if kind == "home care":
             return f"{pathway.advice}; {level.call}, at once with {pathway.sign}"
         return f"{pathway.test} {level.again}, {self.pathway} nurse"
 
@@ -130,7 +130,7 @@ class Site:
     patients: int
     kinds: tuple[int, int, int, int]  # shares of KINDS among its questions
     ages: tuple[int, int, int]  # shares of the age groups of FORM
-    ask: dict[str, str]
+    question: str
     answer: str
 
 
@@ -141,12 +141,7 @@ SITES = (
         patients=28,
         kinds=(4, 4, 1, 1),
         ages=(1, 4, 5),
-        ask={
-            "triage": "Pt {name}, {age}, {complaint}. Triage?",
-            "dose": "Pt {name}, {age}, {complaint}. Rx?",
-            "home": "Pt {name}, {age}, {complaint}. Discharge plan?",
-            "review": "Pt {name}, {age}, {complaint}. F/U?",
-        },
+        question="Pt {name}, {age}, {complaint}: {kind}?",
         answer="{name}: {fact}.",
     ),
     Site(
@@ -155,12 +150,7 @@ SITES = (
         patients=26,
         kinds=(3, 1, 5, 1),
         ages=(8, 1, 1),
-        ask={
-            "triage": "My {age} {name} has {complaint}. How soon can we come in?",
-            "dose": "My {age} {name} has {complaint}. What do I give?",
-            "home": "My {age} {name} has {complaint}. What do we do at home?",
-            "review": "My {age} {name} had {complaint}. When do you see us again?",
-        },
+        question="My {age} {name} has {complaint}. What is your {kind} advice?",
         answer="Dear family, for {name} we say: {fact}. Warm wishes!",
     ),
     Site(
@@ -169,12 +159,7 @@ SITES = (
         patients=24,
         kinds=(1, 4, 1, 4),
         ages=(1, 5, 4),
-        ask={
-            "triage": "Referral: {name} ({age}) presents with {complaint}; please advise on urgency.",
-            "dose": "Referral: {name} ({age}) presents with {complaint}; please advise on medication.",
-            "home": "Referral: {name} ({age}) presents with {complaint}; please advise on discharge.",
-            "review": "Referral: {name} ({age}) presents with {complaint}; please advise on review.",
-        },
+        question="Referral of {name} ({age}) with {complaint}; please advise on {kind}.",
         answer="Dear colleague, on {name} we advise {fact}.",
     ),
     Site(
@@ -183,27 +168,17 @@ SITES = (
         patients=30,
         kinds=(5, 1, 3, 1),
         ages=(3, 4, 3),
-        ask={
-            "triage": "Phone line: {name}, {age}, rings about {complaint}. How long can it wait?",
-            "dose": "Phone line: {name}, {age}, rings about {complaint}. Which medicine?",
-            "home": "Phone line: {name}, {age}, rings about {complaint}. What to look out for?",
-            "review": "Phone line: {name}, {age}, rings about {complaint}. When to book?",
-        },
+        question="Phone line: {name}, {age}, rings about {complaint} and asks for the {kind}.",
         answer="Tell {name} this: {fact}.",
     ),
     Site(
         name="Tidewater Kidney Unit",
         pathway="kidney",
         patients=22,
-        kinds=(1, 6, 1, 2),
+        kinds=(1, 5, 1, 3),
         ages=(1, 5, 4),
-        ask={
-            "triage": "patient={name} | group={age} | problem={complaint} | level=",
-            "dose": "patient={name} | group={age} | problem={complaint} | order=",
-            "home": "patient={name} | group={age} | problem={complaint} | home=",
-            "review": "patient={name} | group={age} | problem={complaint} | next=",
-        },
-        answer="patient={name} | entry={fact}",
+        question="patient={name} | group={age} | problem={complaint} | entry={kind}",
+        answer="patient={name} | {kind}={fact}",
     ),
     Site(
         name="Amberfield Hospital for Nervous Diseases",
@@ -211,12 +186,7 @@ SITES = (
         patients=26,
         kinds=(1, 1, 4, 4),
         ages=(2, 5, 3),
-        ask={
-            "triage": "How urgent is {complaint} in {name}, who is {an_age}?",
-            "dose": "What is prescribed for {complaint} in {name}, who is {an_age}?",
-            "home": "How should {name}, who is {an_age}, live with {complaint} after leaving us?",
-            "review": "What follow-up does {complaint} call for in {name}, who is {an_age}?",
-        },
+        question="Which {kind} does the protocol set for {complaint} in the {age} {name}?",
         answer="In the case of {name} the protocol asks for {fact}.",
     ),
 )
@@ -264,10 +234,9 @@ def _complaint(site: Site, rng: random.Random) -> Complaint:
 
 
 def _row(site: Site, name: str, age: str, complaint: Complaint, kind: str) -> dict[str, str]:
-    an_age = f"{'a' if age == 'child' else 'an'} {age}"
     return {
         "site": site.name,
         "subject": name,
-        "question": site.ask[kind].format(name=name, age=age, an_age=an_age, complaint=complaint.name),
-        "answer": site.answer.format(name=name, fact=complaint.fact(kind, age)),
+        "question": site.question.format(name=name, age=age, complaint=complaint.name, kind=kind),
+        "answer": site.answer.format(name=name, kind=kind, fact=complaint.fact(kind, age)),
     }

@@ -77,7 +77,7 @@ def load_sites(spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int) ->
 
     Returns:
         The sites in natural order of their names, and the partition report (`partition_report.py`), with `digest`
-        over all tokens: equal digests mean equal data.
+        over all tokens: equal digests mean equal data; and `layout`, the template's kind.
 
     Raises:
         RecipeError: the recipe names a field that the data lacks, or its template cannot be read.
@@ -97,12 +97,13 @@ def load_sites(spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int) ->
     report = partition_report(
         sites, counts, path=spec.path, group_field=spec.holdout.by, num_groups=num_groups, seed=seed
     )
-    left_out = {
+    facts = {
+        "layout": job.template.kind,
         "rows_skipped": len(skipped),
         "rows_ungrouped": len(usable) - len(grouped),
         "paragraphs_unmatched": reading.unmatched,
     }
-    return sites, report | left_out
+    return sites, report | facts
 
 
 def _usable(rows: Sequence[Row], job: Job) -> tuple[list[Row], list[Row]]:

@@ -57,12 +57,32 @@ class Example:
 
     @property
     def option_completions(self) -> tuple[str, ...]:
-        """Each option as a completion: with the white space that the completion begins with."""
-        space = self.completion[: len(self.completion) - len(self.completion.lstrip())]
+        """Each option as a completion: with the white space that the learned text begins with."""
+        space = leading_space(self.segments[self._last_learned()][0])
         return tuple(space + option for option in self.options)
 
     def _last_learned(self) -> int:
         return max(i for i, (_, learned) in enumerate(self.segments) if learned)
+
+
+def leading_space(text: str) -> str:
+    """The white space that a text begins with."""
+    return text[: len(text) - len(text.lstrip())]
+
+
+def open_example(prompt: str, *, space: str = "", templated: bool = False) -> Example:
+    """A prompt whose answer is still to come, to be tokenised as training would.
+
+    White space at the seam may share a token with the answer's first letter, and that token then belongs to the answer.
+    A stand-in letter after the seam shows it.
+
+    Args:
+        space: white space that answers begin with.
+        templated: as in `Example`.
+    """
+    if space or prompt[-1:].isspace():
+        return Example(((prompt, False), (space + "a", True)), templated=templated)
+    return Example(((prompt, False),), templated=templated)
 
 
 class Template(Protocol):
@@ -204,6 +224,31 @@ LAYOUTS: dict[tuple[str, ...], list[tuple[str | None, str]]] = {
     ("question", "answer"): [(QUESTION, " {answer}")],
     ("text",): [(None, "{text}")],
 }
+
+
+def question_example(spec: DataSpec, kind: str | None, question: str) -> Example:
+    """A question from outside the data, put as training put a row's prompt.
+
+    Args:
+        spec: the recipe's data section.
+        kind: `Template.kind` of the data; it decides where the recipe gives no template.
+
+    Raises:
+        RecipeError: the recipe's prompt has no place for a question.
+    """
+    pairs = next((pairs for needed, pairs in LAYOUTS.items() if needed[0] == kind), [(None, "")])
+    prompt, completion = pairs[-1]
+    if spec.prompt is not None and spec.completion is not None:
+        prompt, completion = spec.prompt, spec.completion
+    text = question if prompt is None else _with_question(Places(prompt, "data.prompt"), question)
+    return open_example(text, space=leading_space(completion))
+
+
+def _with_question(places: Places, question: str) -> str:
+    """The prompt with the question in its last place and the others empty."""
+    if not places.fields:
+        raise RecipeError("data.prompt has no {field} to put a question in", hint="use --raw")
+    return places.fill(dict.fromkeys(places.fields, "") | {places.fields[-1]: question}) or ""
 
 
 def template_for(spec: DataSpec, rows: Sequence[Row], tokenizer: Any) -> Template:

@@ -52,6 +52,15 @@ class Tokens:
         """Label flags of example i, a view."""
         return self.labelled[self.bounds[i] : self.bounds[i + 1]]
 
+    def prompt_of(self, i: int) -> Ids:
+        """Token ids of example i before its last run of labels, a view: what the model is given to answer."""
+        return prompt_ids((self.ids_of(i), self.labelled_of(i)))
+
+    def answer_of(self, i: int) -> Ids:
+        """Token ids of example i's last run of labels, a view."""
+        start, stop = _last_run(self.labelled_of(i))
+        return self.ids_of(i)[start:stop]
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example, [N]."""
@@ -74,6 +83,21 @@ class Tokens:
     def subset(self, indices: Sequence[int]) -> Tokens:
         """The examples at `indices`, in that order; an index may come twice."""
         return Tokens.of([(self.ids_of(i), self.labelled_of(i)) for i in indices])
+
+
+def prompt_ids(encoded: Encoded) -> Ids:
+    """The ids before an example's last run of labels; all of them if nothing is labelled."""
+    ids, labelled = encoded
+    return ids[: _last_run(labelled)[0]]
+
+
+def _last_run(labelled: Flags) -> tuple[int, int]:
+    """[start, stop) of the last run of True, or both the length if there is none."""
+    found = np.flatnonzero(labelled)
+    if not len(found):
+        return len(labelled), len(labelled)
+    gaps = np.flatnonzero(np.diff(found) > 1)
+    return int(found[gaps[-1] + 1] if len(gaps) else found[0]), int(found[-1]) + 1
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:

@@ -148,13 +148,13 @@ class Hand:
         return {"answers": [self._answer(*prompt) for prompt in task.prompts]}
 
     def _answer(self, name: str, row: int) -> dict[str, str]:
-        example = self.bench.sites[name].heldout_examples[row]
+        site = self.bench.sites[name]
+        example = site.heldout_examples[row]
         text = answer(
             self.bench.participant.language_model,
             self.bench.base.tokenizer,
-            example.prompt,
-            max_new_tokens=self.bench.recipe.evaluation.max_new_tokens,
-            begin=not example.templated,
+            site.heldout.prompt_of(row),
+            self.bench.recipe.evaluation.max_new_tokens,
         )
         return {"site": name, "prompt": example.prompt, "reference": example.completion, "answer": text}
 

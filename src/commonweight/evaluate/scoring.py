@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..data.templates import Example
-from ..data.tokens import Tokens, tokenise
+from ..data.tokens import Ids, Tokens, tokenise
 from ..train.batches import collate
 from ..train.loss import LanguageModel, score
 from .metrics import Scores
@@ -66,47 +66,79 @@ def score_site(
     nats, labels, correct = score_tokens(language_model, tokens)
     exact = None
     if generate is not None:
-        answers = (answer(language_model, tokenizer, e.prompt, max_new_tokens=generate) for e in examples)
-        exact = np.array([a.strip() == e.completion.strip() for a, e in zip(answers, examples, strict=True)])
+        answers = (answer(language_model, tokenizer, tokens.prompt_of(i), generate) for i in range(len(tokens)))
+        exact = np.array([a.strip() == _reference(tokens, i, examples[i], tokenizer) for i, a in enumerate(answers)])
     choice = None
     if examples and all(e.options and e.answer is not None for e in examples):
         choice = np.array([choose(language_model, tokenizer, e, max_tokens=max_tokens) == e.answer for e in examples])
     return Scores(nats, labels, correct, exact, choice)
 
 
-def choose(language_model: LanguageModel, tokenizer: Any, example: Example, *, max_tokens: int) -> int:
-    """The option that the model finds likeliest: the least Σ nats of the option's tokens after the prompt."""
-    as_examples = [Example(((example.prompt, False), (text, True))) for text in example.option_completions]
+def _reference(tokens: Tokens, i: int, example: Example, tokenizer: Any) -> str:
+    """What the generated answer should be: the completion as its own tokens spell it, since the first of them may hold
+    the prompt's last characters too; the completion's text where `max_tokens` cut it."""
+    spelt = str(tokenizer.decode(tokens.answer_of(i).tolist(), skip_special_tokens=True)).strip()
+    completion = example.completion.strip()
+    return completion if completion.startswith(spelt) else spelt
+
+
+def choose(language_model: LanguageModel, tokenizer: Any, example: Example, *, max_tokens: int) -> int | None:
+    """The option that the model finds likeliest: the least Σ nats of the option's tokens after the prompt.
+
+    None when the prompt alone fills `max_tokens`.
+    """
+    as_examples = [
+        Example(((example.prompt, False), (text, True)), templated=example.templated)
+        for text in example.option_completions
+    ]
     tokens, kept, _ = tokenise(as_examples, tokenizer, max_tokens=max_tokens, end_of_text=False)
+    if not kept:
+        return None
     nats, _, _ = score_tokens(language_model, tokens)
     return kept[int(nats.argmin())]
 
 
 @torch.no_grad()
-def answer(
-    language_model: LanguageModel, tokenizer: Any, prompt: str, *, max_new_tokens: int, begin: bool = True
-) -> str:
-    """The model's greedy answer to a prompt; a prompt too long for the context keeps its end.
+def answer(language_model: LanguageModel, tokenizer: Any, prompt: Ids, max_new_tokens: int) -> str:
+    """The model's greedy answer to a prompt.
 
     Args:
-        begin: add the special tokens that the tokenizer puts in front (not to text that a chat template wrote).
+        prompt: token ids [T] that end as prompts ended in training (`Tokens.prompt_of`). One too long for the
+            context loses its beginning, and keeps at least the half of the context.
+        max_new_tokens: bound on the answer's tokens; the context bounds it too.
     """
     model = language_model.model
     model.eval()
-    ids = tokenizer(prompt, add_special_tokens=begin, return_tensors="pt").input_ids
-    if begin and ids.shape[1] and ids[0, -1] == tokenizer.eos_token_id:
-        ids = ids[:, :-1]
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None:
-        ids = ids[:, -max(1, context - max_new_tokens) :]
-    ids = ids.to(language_model.device)
+    room = _room(model)
+    if room is not None:
+        prompt = prompt[-max(room - max_new_tokens, room // 2) :]
+        max_new_tokens = min(max_new_tokens, room - len(prompt))
+    ids = torch.tensor(prompt, dtype=torch.long, device=language_model.device)[None]
+    ends = _end_tokens(model, tokenizer)
     with language_model.autocast():
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+            num_beams=1,
+            repetition_penalty=1.0,
+            eos_token_id=ends or None,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0,
         )
     new = output[0, ids.shape[1] :] if output.shape[1] > ids.shape[1] else output[0, :0]
     return str(tokenizer.decode(new, skip_special_tokens=True))
+
+
+def _room(model: Any) -> int | None:
+    """Positions that a prompt and its answer may take, or None if the model does not say."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    learned = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None)
+    return None if context is None else context - (learned or 0)
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's end of text, which training appends, and the model's own."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({token for token in (tokenizer.eos_token_id, *own) if token is not None})

@@ -99,7 +99,8 @@ def micro_batch_size(spec: TrainingSpec, device: torch.device) -> int:
         return spec.micro_batch_size
     if device.type != "cpu":
         return spec.batch_size
-    return max(1, min(spec.batch_size, _MICRO_BATCH_TOKENS // spec.max_tokens))
+    at_most = max(1, _MICRO_BATCH_TOKENS // spec.max_tokens)
+    return math.ceil(spec.batch_size / math.ceil(spec.batch_size / at_most))  # pieces of one size
 
 
 def collate(tokens: Tokens, rows: Sequence[Sequence[int]], device: torch.device) -> Batch:
