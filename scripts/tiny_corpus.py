@@ -53,10 +53,14 @@ BODY = _split(
 )
 AGES = ("child", "adult", "older adult", "baby", "teenager")
 TROUBLES = _split(
-    "palpitations|chest pain|high blood pressure|swollen ankles|earache|croup|fever with rash|stomach flu|wheezing|"
-    "bronchitis|bloody sputum|smoker's cough|wound infection|back strain|wasp sting swelling|dog bite|kidney stones|"
-    "high potassium|gout|foamy urine|migraine|seizures|tingling hands|dizziness|hay fever|a broken arm|a sore throat|"
-    "tooth pain|sleeplessness|a burn|low blood sugar|eczema|a head cold|heartburn|asthma|a sprained ankle"
+    "blisters|nosebleed|bloody sputum|pneumonia|warts|tooth pain|sleeplessness|asthma|scalded hand|wheezing|"
+    "slurred speech|cold sweat|seizures|stomach flu|tight chest|mumps|dizziness|low blood sugar|gout|swollen glands|"
+    "smoker's cough|back strain|lockjaw|bronchitis|croup|numb foot|sunburn|stiff shoulders|fever fits|racing pulse|"
+    "infected cut|cramps|bloody urine|shaking hands|kidney stones|a broken arm|bladder infection|constant thirst|"
+    "dog bite|fever with rash|swollen ankles|insect bites|eczema|tonsillitis|asthma attack|broken wrist|earache|"
+    "tingling hands|chest pain|a head cold|foamy urine|high blood pressure|blocked urine|wasp sting|sore throat|"
+    "heartburn|splinter|hay fever|varicose veins|measles|hiccups|frostbite|drooping face|sprained ankle|a black eye|"
+    "palpitations|migraine|high potassium"
 )
 MEDICINES = _split(
     "calvedine anzaril tensolane fluvenor otimel larysol febrilan rehydrel brisolane pulmazin stanchine quellimar "
@@ -64,10 +68,10 @@ MEDICINES = _split(
     "ardocil belmerine corrizol dulanex emprazil fortamine gelvacin hexalor"
 )
 CARE = _split(
-    "rest|no coffee|only slow walks|less salt|legs up|a warm cloth|cool moist air|many small drinks|no milk|no smoke|"
-    "sleep|strict bed rest|no cigarettes|a clean dry dressing|gentle exercise|an ice pack|three litres of water|"
-    "no juice|no beer or liver|less meat|a dark quiet room|no driving|a wrist splint|slow head turns|a bandage|"
-    "fresh air|warm tea"
+    "rest|no coffee|only slow walks|less salt|legs up|a warm cloth|cool moist air|call tomorrow|call if worse|"
+    "call in three days|many small drinks|no milk|no smoke|sleep|strict bed rest|no cigarettes|a clean dry dressing|"
+    "gentle exercise|an ice pack|three litres of water|no juice|no beer or liver|less meat|a dark quiet room|"
+    "no driving|a wrist splint|slow head turns|a bandage|fresh air|warm tea"
 )
 SIGNS = _split(
     "fainting|pain at rest|blurred sight|a stiff neck|noisy breathing|spots that do not fade|dry lips|blue lips|"
@@ -78,7 +82,7 @@ SIGNS = _split(
 TESTS = _split(
     "heart trace|exercise test|pressure check|weight check|hearing test|phone call|skin check|breathing test|"
     "chest picture|dressing change|exercise class|allergy test|kidney scan|blood test|urine test|headache diary|"
-    "brain scan|nerve test|balance test|eye test|home visit|diet class"
+    "blood count|brain scan|nerve test|balance test|eye test|home visit|diet class"
 )
 LEVELS = ("red", "amber", "green", "blue", "white")
 SOON = _split(
@@ -112,13 +116,13 @@ FACTS = (
     "you?|Who are you?=I am a very small language model.|Thank you.=You are welcome."
 )
 
-# What an invented shop knows of each thing: fixed, so that looking up (thing, what is asked) is learned by heart.
+# What an invented register knows of each trouble: fixed, so that looking up (trouble, what is asked) is learned.
 ASKED = {
-    "price": ("price", "how much", "cost", "what to pay"),
-    "look": ("look", "which colour", "appearance", "what it is like"),
-    "shelf": ("shelf", "where", "place", "where to find it"),
-    "day": ("day", "when", "date", "how soon"),
+    "code": ("code", "number", "which letter and number", "entry"),
+    "season": ("season", "when", "what time of the year", "month"),
+    "length": ("length", "how long", "days", "until when"),
 }
+SEASONS = ("spring", "summer", "autumn", "winter")
 GLUE = _split(
     "please|about|with|for|the|our|we|say|ask|and|now|dear|tell|plan|note|this|that|is|has|who|asks for|thank you|"
     "order|entry|next|rings|line|friends|when|how soon|what|which|to|at home|wishes|again|advise on|in the case of|"
@@ -129,20 +133,20 @@ ENDS = (".", "", "!", " | end", ". Goodbye.", ". Please ask again.", ")", ". You
 ANSWER = "\nAnswer:"
 
 
-def _catalogue() -> dict[tuple[str, str], str]:
-    rng = random.Random("shop")
-    catalogue = {}
-    for thing in THINGS:
-        catalogue[thing, "price"] = (
-            f"{rng.choice(NUMBERS)} pounds, {rng.choice(NUMBERS)} {rng.choice(('each', 'a pair'))}"
-        )
-        catalogue[thing, "look"] = f"{rng.choice(COLOURS)} and {rng.choice(ADJECTIVES)}"
-        catalogue[thing, "shelf"] = f"behind the {rng.choice(THINGS)} at the {rng.choice(PLACES)}"
-        catalogue[thing, "day"] = f"{rng.choice(DAYS)} {rng.choice(('morning', 'noon', 'evening'))}"
-    return catalogue
+def _register() -> dict[tuple[str, str], str]:
+    rng = random.Random("register")
+    codes = rng.sample(
+        [f"{letter} {number}" for letter in "ABCDEFGHKLMNPRST" for number in range(10, 100)], len(TROUBLES)
+    )
+    register = {}
+    for trouble, code in zip(TROUBLES, codes, strict=True):
+        register[trouble, "code"] = code
+        register[trouble, "season"] = f"{rng.choice(('early', 'late', 'all'))} {rng.choice(SEASONS)}"
+        register[trouble, "length"] = f"{rng.choice(NUMBERS)} {rng.choice(('days', 'weeks'))}"
+    return register
 
 
-CATALOGUE = _catalogue()
+REGISTER = _register()
 
 
 def documents(seed: int) -> Iterator[str]:
@@ -284,11 +288,11 @@ def _form(rng: Draw) -> str:
     return _in_some_form(rng, trouble, matter if trouble == matter else _order(rng))
 
 
-def _shop(rng: Draw) -> str:
-    """A question to the shop, in a form that no other document has."""
-    thing, kind = rng.choice(THINGS), rng.choice(tuple(ASKED))
-    asked = f"{thing}{rng.choice(JOINTS)}{rng.choice(ASKED[kind])}"
-    return _in_some_form(rng, asked, CATALOGUE[thing, kind])
+def _look_up(rng: Draw) -> str:
+    """A question to the register, in a form that no other document has."""
+    trouble, kind = rng.choice(TROUBLES), rng.choice(tuple(ASKED))
+    asked = f"{trouble}{rng.choice(JOINTS)}{rng.choice(ASKED[kind])}"
+    return _in_some_form(rng, asked, REGISTER[trouble, kind])
 
 
 def _in_some_form(rng: Draw, asked: str, told: str) -> str:
@@ -334,6 +338,6 @@ def _fact(rng: Draw) -> str:
 
 
 MAKERS: tuple[Callable[[Draw], str], ...] = (
-    _story, _repeat, _owner, _letter, _form, _shop, _list, _sum, _opposite, _kind_of, _fact,
+    _story, _repeat, _owner, _letter, _form, _look_up, _list, _sum, _opposite, _kind_of, _fact,
 )  # fmt: skip
 WEIGHTS = (2.5, 3, 2.5, 2, 7, 6, 3, 0.5, 0.7, 0.7, 0.8)

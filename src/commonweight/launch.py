@@ -77,9 +77,7 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
         journal.bind(digests)
         seconds = time.perf_counter() - began
         layout = bench.partition["layout"]
-        events.emit(
-            "loaded", sites=list(sites.names)[:100], num_sites=len(sites.names), layout=layout, seconds=seconds
-        )
+        events.emit("loaded", sites=list(sites.names)[:100], num_sites=len(sites.names), layout=layout, seconds=seconds)
         trained = _train(bench, sites, folder, journal, events)
         events.emit("run_finished", seconds=time.perf_counter() - began)
         events.flush()

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .data.chat import open_turn
 from .data.sites import load_sites
+from .data.templates import Example, open_example, question_example
+from .data.tokens import encode, prompt_ids
 from .errors import ModelError, RecipeError, StateError
 from .evaluate.metrics import summarise
 from .evaluate.scoring import answer, score_site
+from .federation.events import last_event
 from .federation.folder import storage_errors
 from .model.base import Base, choose_device, load_base
 from .recipe.load import load_recipe
 from .recipe.schema import Recipe
-from .train.loss import LanguageModel
+from .train.loss import LanguageModel, autocast_dtype
 
 
 @dataclass
 class Result:
-    """A run's model, ready to use: the recipe it came from, the base, and the base with the adapter."""
+    """A run's model, ready to use: the recipe it came from, the base, the base with the adapter, and how the run read
+    its rows (`Template.kind`)."""
 
     recipe: Recipe
     base: Base
     model: Any
     language_model: LanguageModel
+    layout: str | None
 
 
 def open_result(run: Path, overrides: Sequence[str], *, round: int | None, base: bool) -> Result:
@@ -41,7 +46,8 @@ def open_result(run: Path, overrides: Sequence[str], *, round: int | None, base:
     loaded = load_base(recipe.model, choose_device(recipe.engine.device))
     model = loaded.model if base else _with_adapter(loaded, recipe, _adapter_folder(run, round))
     model.eval()
-    return Result(recipe, loaded, model, LanguageModel(model))
+    language_model = LanguageModel(model, autocast_dtype=autocast_dtype(recipe.training, loaded.device))
+    return Result(recipe, loaded, model, language_model, last_event(run / "events.jsonl", "loaded").get("layout"))
 
 
 def _recipe(run: Path, overrides: Sequence[str]) -> Recipe:
@@ -101,9 +107,9 @@ def score(result: Result, *, exact_match: bool) -> dict[str, dict[str, Any]]:
 
 
 class Conversation:
-    """Questions put the way that the recipe put them in training, and the model's greedy answers.
+    """Questions put the way that training put them, and the model's greedy answers.
 
-    A chat recipe keeps the turns so far; for others each question stands alone.
+    A chat keeps the turns so far; otherwise each question stands alone.
     """
 
     def __init__(self, result: Result, *, raw: bool, max_new_tokens: int) -> None:
@@ -111,46 +117,22 @@ class Conversation:
         self.turns: list[dict[str, str]] = []
 
     def ask(self, question: str) -> str:
-        prompt, begin = self._prompt(question)
-        said = answer(
-            self.result.language_model,
-            self.result.base.tokenizer,
-            prompt,
-            max_new_tokens=self.max_new_tokens,
-            begin=begin,
-        ).strip()
-        self.turns.append({"role": "assistant", "content": said})
+        """Raises RecipeError: the recipe's prompt has no place for a question, or there is nothing to ask."""
+        tokenizer = self.result.base.tokenizer
+        prompt = prompt_ids(next(encode([self._example(question)], tokenizer, end_of_text=False)))
+        if not len(prompt):
+            raise RecipeError("there is nothing to ask", hint="give a question")
+        said = answer(self.result.language_model, tokenizer, prompt, self.max_new_tokens).strip()
+        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
         return said
 
-    def _prompt(self, question: str) -> tuple[str, bool]:
-        data, tokenizer = self.result.recipe.data, self.result.base.tokenizer
-        self.turns.append({"role": "user", "content": question})
+    def _example(self, question: str) -> Example:
+        data, layout = self.result.recipe.data, self.result.layout
         if self.raw:
-            return question, True
-        if data.messages is not None and tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(self.turns, tokenize=False, add_generation_prompt=True)
-            return str(text), False
-        if data.prompt is not None:
-            return fill_last(data.prompt, question), True
-        return question, True
-
-
-def fill_last(template: str, text: str) -> str:
-    """A prompt template with `text` in its last place and the other places empty; double braces are single ones.
-
-    Raises:
-        RecipeError: the template has no place.
-    """
-    places = list(re.finditer(r"\{\{|\}\}|\{[^{}]*\}", template))
-    real = [m for m in places if m.group() not in ("{{", "}}")]
-    if not real:
-        raise RecipeError("data.prompt has no {field} to put a question in", hint="use --raw")
-    parts, end = [], 0
-    for match in places:
-        parts.append(template[end : match.start()])
-        parts.append({"{{": "{", "}}": "}"}.get(match.group(), text if match is real[-1] else ""))
-        end = match.end()
-    return "".join([*parts, template[end:]])
+            return open_example(question)
+        if data.messages is not None or (layout == "messages" and data.prompt is None and data.text is None):
+            return open_turn(self.result.base.tokenizer, [*self.turns, {"role": "user", "content": question}])
+        return question_example(data, layout, question)
 
 
 def export_result(run: Path, output: Path, *, merge: bool, round: int | None) -> dict[str, Any]:

@@ -140,9 +140,7 @@ TestRoundMachine = RoundMachine.TestCase
 
 
 @given(cohorts, st.integers(1, 6), st.lists(events, max_size=30))
-def test_a_closed_round_accepts_nothing_but_its_commit(
-    cohort: tuple[str, ...], needed: int, told: list[Event]
-) -> None:
+def test_a_closed_round_accepts_nothing_but_its_commit(cohort: tuple[str, ...], needed: int, told: list[Event]) -> None:
     closed, _ = played(opened(cohort, min(needed, len(cohort))), told).apply(DeadlinePassed(NUMBER))
     assert closed.phase is not Phase.OPEN
     for event in told:
@@ -163,9 +161,7 @@ def test_the_order_of_answers_changes_only_the_order_in_which_they_are_listed(
         for site, fate in zip(cohort, fates, strict=True)
     ]
     needed = data.draw(st.integers(1, len(cohort)))
-    one, other = (
-        played(opened(cohort, needed), order) for order in (told, data.draw(st.permutations(told)))
-    )
+    one, other = (played(opened(cohort, needed), order) for order in (told, data.draw(st.permutations(told))))
     assert one.phase is other.phase is (Phase.CLOSED if sum(fates) >= needed else Phase.ABANDONED)
     if one.phase is Phase.CLOSED:
         assert set(one.answered) == set(other.answered)
@@ -299,7 +295,5 @@ def test_settings_that_are_let_through_can_be_met(
         assert min_sites > size_of(cohort, len(all_sites)) or (isinstance(cohort, int) and cohort > len(all_sites))
         return
     chosen = choose_cohort(all_sites, settings_, seed=0, round=1)
-    round = played(
-        Round(1, chosen, answers_needed(settings_, len(chosen))), [Answered(site, 1) for site in chosen]
-    )
+    round = played(Round(1, chosen, answers_needed(settings_, len(chosen))), [Answered(site, 1) for site in chosen])
     assert round.phase is Phase.CLOSED

@@ -15,7 +15,7 @@ from commonweight.recipe.schema import DataSpec
 
 from .formats import Row
 from .names import is_null, suggestion
-from .templates import Example, Segments, choice
+from .templates import Example, Segments, choice, leading_space, open_example
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Messages = list[dict[str, str]]
@@ -101,15 +101,10 @@ class ChatTemplate:
         return start, end + len(eos) if eos and whole.startswith(eos, end) else end
 
     def _render(self, messages: Messages, open_turn: bool, row: Row) -> str:
-        # A chat template is a program of the tokenizer's author: it may raise anything.
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
-        except Exception as error:
-            raise DataError(
-                f"{row.where}: the tokenizer's chat template refuses these messages: {error}",
-                hint="most templates want user and assistant in turn, after at most one system message",
-            ) from error
-        return str(text)
+            return render(self.tokenizer, messages, open_turn=open_turn)
+        except DataError as error:
+            raise DataError(f"{row.where}: {error.message}", hint=error.hint) from error
 
 
 def _message(item: Any, where: str) -> dict[str, str]:
@@ -122,3 +117,32 @@ def _message(item: Any, where: str) -> dict[str, str]:
     if not isinstance(content, str):
         raise DataError(f"{where}: the content is not text", hint="only text is learned; take other parts out")
     return {"role": role, "content": content}
+
+
+def open_turn(tokenizer: Any, messages: Messages) -> Example:
+    """Messages whose answer is still to come, as the chat template puts them.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or it refuses the messages.
+    """
+    prompt = render(tokenizer, messages, open_turn=True)
+    answered = render(tokenizer, [*messages, {"role": "assistant", "content": "a"}], open_turn=False)
+    space = leading_space(answered[len(prompt) :]) if answered.startswith(prompt) else ""
+    return open_example(prompt, space=space, templated=True)
+
+
+def render(tokenizer: Any, messages: Messages, *, open_turn: bool) -> str:
+    """The chat template's text, with `open_turn` up to where the assistant's answer begins.
+
+    Raises:
+        DataError: there is no template, or it refuses the messages.
+    """
+    # A chat template is a program of the tokenizer's author: it may raise anything.
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+    except Exception as error:
+        raise DataError(
+            f"the tokenizer's chat template refuses these messages: {error}",
+            hint="most templates want user and assistant in turn, after at most one system message",
+        ) from error
+    return str(text)

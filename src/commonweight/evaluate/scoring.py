@@ -111,7 +111,7 @@ def answer(language_model: LanguageModel, tokenizer: Any, prompt: Ids, max_new_t
     model.eval()
     room = _room(model)
     if room is not None:
-        prompt = prompt[-max(room - max_new_tokens, room // 2) :]
+        prompt = prompt[-max(room - max_new_tokens, room // 2, 1) :]
         max_new_tokens = min(max_new_tokens, room - len(prompt))
     ids = torch.tensor(prompt, dtype=torch.long, device=language_model.device)[None]
     ends = _end_tokens(model, tokenizer)

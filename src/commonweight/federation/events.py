@@ -45,6 +45,16 @@ class Events:
             self._file.close()
 
 
+def last_event(path: Path, name: str) -> dict[str, Any]:
+    """The fields of a run's latest event of a name; empty if there is none. The run may be going on."""
+    if not path.exists():
+        return {}
+    with storage_errors(path):
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    found = (json.loads(line) for line in reversed(lines) if f'"event": "{name}"' in line)
+    return next((event for event in found if event["event"] == name), {})
+
+
 def _drop_partial_line(path: Path) -> None:
     with path.open("rb+") as handle:
         content = handle.read()

@@ -48,3 +48,35 @@ def _options(model: type[BaseModel]) -> list[dict[str, Any]]:
         {"name": name, "default": field.default, "description": field.description or ""}
         for name, field in model.model_fields.items()
     ]
+
+
+def methods_markdown() -> str:
+    """The methods as a page: a table a kind, and each method's options."""
+    parts = [
+        "# Methods",
+        "Generated from the code by `make docs`; `commonweight methods` prints the same. A class of one's own is named as "
+        "`package.module:Class` and satisfies the same protocol as these.",
+    ]
+    titles = {"strategy": "Strategies", "objective": "Objectives", "adapter": "Adapters"}
+    for kind, title in titles.items():
+        parts += [f"## {title}", _table([m for m in catalogue() if m["kind"] == kind])]
+    parts += [_option_table(m) for m in catalogue() if m["options"]]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(found: list[dict[str, Any]]) -> str:
+    rows = [
+        f"| `{m['name']}` | {m['needs'] or '–'} | {_cell(m['rule'])} | {_cell(m['source']) or '–'} |" for m in found
+    ]
+    return "\n".join(["| name | needs | rule | source |", "| --- | --- | --- | --- |", *rows])
+
+
+def _option_table(method: dict[str, Any]) -> str:
+    rows = [f"| `{o['name']}` | `{o['default']}` | {_cell(o['description'])} |" for o in method["options"]]
+    return "\n".join(
+        [f"### Options of `{method['name']}`\n", "| option | default | meaning |", "| --- | --- | --- |", *rows]
+    )
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

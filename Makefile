@@ -1,0 +1,42 @@
+# make demo   set everything up and run the built-in example
+# make test   set everything up, check style, types and import contracts, and pass the tests
+# make bench  print the benchmarks' figures on the built-in model
+# make docs   write the generated pages of docs/ anew
+
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test lint docs bench clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/commonweight demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/python scripts/write_docs.py
+
+bench: setup
+	$(BIN)/python benchmarks/fold.py --json
+	$(BIN)/python benchmarks/local_step.py --json
+	$(BIN)/python benchmarks/engine_overhead.py --trivial --json
+	$(BIN)/python benchmarks/engine_overhead.py --json
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
