@@ -3,9 +3,9 @@
     python benchmarks/engine_overhead.py --recipe recipes/medquad.yaml --set data.path=… --set model.name=… [--json]
     python benchmarks/engine_overhead.py --trivial [--json]
 
-The first runs the federated arm alone four times in turn, each from start of process to final evaluation: a loop with two
-torch threads and one with one, the engine with `workers: auto` and with one worker. The second gives 1,000 virtual sites
-nothing to do but to add noise to 1 MB, against a loop that does just that.
+The first runs the federated arm alone four times in turn, each from start of process to final evaluation: a loop with
+two torch threads, one with one, the engine with `workers: auto` and with one worker. The second gives 1,000
+virtual sites nothing to do but to add noise to 1 MB, against a loop that does just that.
 """
 
 from __future__ import annotations

@@ -135,14 +135,16 @@ class Conversation:
         return question_example(data, layout, question)
 
 
-def export_result(run: Path, output: Path, *, merge: bool, round: int | None) -> dict[str, Any]:
+def export_result(
+    run: Path, output: Path, overrides: Sequence[str] = (), *, merge: bool, round: int | None
+) -> dict[str, Any]:
     """Copy the adapter to `output`, or write the merged model.
 
     Raises:
         StateError: `output` is not empty, or there is no such adapter.
         RecipeError: this kind of adapter cannot be merged.
     """
-    recipe = _recipe(run, ())
+    recipe = _recipe(run, overrides)
     source = _adapter_folder(run, round)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise StateError(f"{output} is not an empty folder", hint="choose another")

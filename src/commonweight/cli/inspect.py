@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import RecipeError, StateError
-from .terminal import JsonOption, RunArgument, number, options, print_json, read_run, table
+from .folders import last_round, read_run
+from .terminal import JsonOption, RunArgument, begin, number, print_json, say, table
+
+NEEDS = {"sum": "only the sum of the sites' updates", "individuals": "each site's update by itself"}
 
 
 def report(run: RunArgument, json: JsonOption = False) -> None:
     """Write a run's report anew and print its summary."""
-    options.json = json
+    begin(json)
     metrics = read_run(run)
     from ..evaluate.report import write_report
     from .progress import print_result
@@ -30,15 +34,18 @@ def runs(
     json: JsonOption = False,
 ) -> None:
     """List the runs in a folder."""
-    options.json = json
+    begin(json)
     if not directory.is_dir():
         raise StateError(f"{directory} is no folder", hint="name the folder that holds your runs")
-    found = [_summary(path) for path in sorted(directory.iterdir()) if (path / "recipe.yaml").exists()]
+    from ..data.names import natural_key
+
+    folders = sorted(directory.iterdir(), key=lambda path: natural_key(path.name))
+    found = [_summary(path) for path in folders if (path / "recipe.yaml").exists()]
     if json:
         print_json({"runs": found})
         return
     if not found:
-        typer.echo(f"no runs in {directory}")
+        say(f"no runs in {directory}")
         return
     rows = [
         (
@@ -74,51 +81,56 @@ def _summary(path: Path) -> dict[str, Any]:
     summary |= {
         "rounds": recipe.federation.rounds,
         "strategy": recipe.federation.strategy.name,
-        "round": _last_round(path),
+        "round": last_round(path),
     }
     if not metrics:
         return summary | {"state": "unfinished"}
-    loss = metrics["arms"]["federated"]["macro_loss"]
-    return summary | {"state": "finished", "macro_loss": loss, "finished": metrics["finished"]}
+    from ..evaluate.summary import macro_loss
 
-
-def _last_round(path: Path) -> int:
-    import sqlite3
-
-    try:
-        with sqlite3.connect(f"file:{path / 'state.sqlite'}?mode=ro", uri=True) as database:
-            return int(database.execute("SELECT max(round) FROM commits").fetchone()[0] or 0)
-    except sqlite3.Error:
-        return 0
+    loss = macro_loss(metrics, "federated")
+    return summary | {"state": "finished", "macro_loss": loss, "finished": metrics.get("finished")}
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, with its options.", metavar="[NAME]")] = None,
+    name: Annotated[str | None, typer.Argument(help="One method, with its source and options.", metavar="NAME")] = None,
     json: JsonOption = False,
 ) -> None:
-    """List strategies, objectives and adapters, with their rules and sources."""
-    options.json = json
+    """List strategies, objectives and adapters, with their rules; or show one of them."""
+    begin(json)
     from ..recipe.methods import catalogue
 
-    found = [m for m in catalogue() if name is None or m["name"] == name]
+    known = catalogue()
+    found = [m for m in known if name is None or m["name"] == name]
     if not found:
-        known = ", ".join(m["name"] for m in catalogue())
-        raise RecipeError(f"no method is called {name!r}", hint=f"known: {known}")
+        raise _unknown_method(str(name), [m["name"] for m in known])
     if json:
         print_json({"methods": found})
     elif name is None:
-        table(
-            ("kind", "name", "needs", "rule", "source"),
-            [[m[k] for k in ("kind", "name", "needs", "rule", "source")] for m in found],
-        )
+        columns = ("kind", "name", "needs", "rule")
+        table(columns, [[m[k] for k in columns] for m in found])
+        say("\n`commonweight methods NAME` shows a method's source and options.")
     else:
         for method in found:
             _print_method(method)
 
 
+def _unknown_method(name: str, known: list[str]) -> RecipeError:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = (f"did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known)}"
+    return RecipeError(f"no method is called {name!r}", hint=hint)
+
+
 def _print_method(method: dict[str, Any]) -> None:
-    typer.echo(f"{method['name']} ({method['kind']})\n  {method['rule']}\n  {method['source']}")
-    if method["needs"]:
-        typer.echo(f"  needs {method['needs']} of the sites' updates")
-    for option in method["options"]:
-        typer.echo(f"  {option['name']} = {option['default']}: {option['description']}")
+    say(f"{method['name']} ({method['kind']})")
+    needs = f"needs {NEEDS.get(method['needs'], method['needs'])}" if method["needs"] else ""
+    for line in (method["rule"], method["source"], needs):
+        if line:
+            say(f"  {line}")
+    if method["options"]:
+        print()
+        table(("option", "default", "meaning"), [_option(option) for option in method["options"]])
+
+
+def _option(option: dict[str, Any]) -> tuple[str, str, str]:
+    default = "null" if option["default"] is None else str(option["default"])
+    return option["name"], default, option["description"]

@@ -3,32 +3,58 @@ once."""
 
 from __future__ import annotations
 
+import io
+import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, ParamSpec
 
 import typer
 
 from .. import __version__
-from ..errors import EXIT_INTERRUPTED, CommonweightError
+from ..errors import CommonweightError, RecipeError, StorageError
 from .inspect import methods, report, runs
 from .start import demo, init, run, validate
-from .terminal import fail, options
+from .terminal import Interrupted, end, fail, hush_libraries, options
 from .use import chat, evaluate, export
+
+P = ParamSpec("P")
+
+#: wherever this version of typer keeps it
+_UsageError = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="commonweight",
     help="Fine-tune one language model across many owners' data without the data leaving its owner.\n\n"
     "Begin with `commonweight demo`, then `commonweight init` for data of your own.",
-    epilog="Exit codes: 0 done · 2 recipe or option · 3 data · 4 model · 5 round · 6 run folder · 7 storage · "
-    "130 interrupted · 1 anything else.",
+    epilog="Exit codes: 0 done, 2 recipe or option, 3 data, 4 model, 5 round, 6 run folder, 7 storage, "
+    "130 interrupted, 1 anything else.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
+
+def _guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """A command whose failures all leave it as CommonweightError: typer has ways of its own with some kinds."""
+
+    @wraps(command)
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except CommonweightError:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            raise _explained(error) from error
+
+    return call
+
+
 for command in (demo, init, validate, run, report, runs, methods, evaluate, chat, export):
-    app.command()(command)
+    app.command()(_guarded(command))
 
 
 def _version(wanted: bool) -> None:
@@ -39,33 +65,69 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _global(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show an error's traceback and libraries' warnings. Goes before COMMAND.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     options.debug = debug
+    if not debug:
+        hush_libraries()
 
 
 def main() -> None:
     """The console script: runs a command; an error becomes one clear message and its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        app()
+        code = app(prog_name="commonweight", standalone_mode=False)
     except CommonweightError as error:
-        if options.debug:
-            raise
         fail(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was committed is kept: repeat with --resume", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    except BrokenPipeError:
-        raise SystemExit(0) from None
-    except Exception as error:
-        if options.debug:
-            raise
-        fail(
-            CommonweightError(
-                f"commonweight failed in a way that it should not: {type(error).__name__}: {error}",
-                hint="please report it, with the traceback that `commonweight --debug …` shows",
-            )
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed by now
+            raise SystemExit(2) from None
+        options.json = "--json" in sys.argv
+        fail(_usage(error))
+    finally:
+        end()
+    if code:
+        raise SystemExit(code)
+
+
+def _explained(error: BaseException) -> CommonweightError:
+    """What went wrong, for people, when it was not said by those who know more."""
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted")
+    if isinstance(error, BrokenPipeError) and _stdout_is_gone():
+        raise SystemExit(1) from None
+    if isinstance(error, OSError) and error.filename is not None:
+        return StorageError(
+            f"{error.filename}: {error.strerror or error}", hint="check that it exists, and that you may use it"
         )
+    return CommonweightError(
+        f"commonweight failed in a way that it should not: {type(error).__name__}: {error}",
+        hint="please report it, with the traceback that `commonweight --debug …` shows",
+    )
+
+
+def _stdout_is_gone() -> bool:
+    """Whether whoever read standard output has stopped reading; if so, nothing more is sent there."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _usage(error: Any) -> RecipeError:
+    """A wrong option or argument, said as other errors are."""
+    message = error.format_message().rstrip(".")
+    where = error.ctx.command_path if error.ctx else "commonweight"
+    hint = f"`{where} --help` lists what it takes"
+    if "No such option: --debug" in message:
+        hint = "--debug goes before the command: commonweight --debug COMMAND …"
+    return RecipeError(message[:1].lower() + message[1:], hint=hint)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from .terminal import is_terminal, number, table
+from .terminal import interval, is_terminal, number, say, table
 
 _REDRAW_S = 0.1
 
@@ -60,7 +59,7 @@ class Progress:
 
     def _print(self, line: str) -> None:
         if self.live is not None:
-            self.live.console.print(line, highlight=False, markup=False)
+            self.live.console.print(line, highlight=False, markup=False, emoji=False)
         else:
             print(line, flush=True)
 
@@ -137,28 +136,32 @@ def print_result(metrics: Mapping[str, Any], folder: Path) -> None:
     """The controls table, the summary, one sample answer before and after, and where things are."""
     from ..evaluate.summary import controls_table, plain_summary
 
-    rows = [
-        (
-            str(row["label"] if "label" in row else row["arm"]),
-            number(row["macro_loss"]),
-            "–" if not row["ci95"] else f"{row['ci95'][0]:.3f} … {row['ci95'][1]:.3f}",
-            number(row["perplexity"], 1),
-            number(row["token_accuracy"]),
-            "–" if row["worst_site"] is None else f"{row['worst_site']} {number(row['worst_loss'])}",
-        )
-        for row in controls_table(metrics)
-    ]
     print()
-    table(("model", "loss", "95 % interval", "perplexity", "token accuracy", "worst site"), rows, right=(1, 3, 4))
+    table(
+        ("model", "loss", "95 % interval", "tokens right", "worst site"),
+        [_arm(row) for row in controls_table(metrics)],
+        right=(1, 3),
+    )
     print()
     for sentence in plain_summary(metrics):
-        print(sentence)
-    for sample in metrics["samples"][:1]:
-        print(f"\n{sample['prompt']}")
-        for label, key in (("before", "before"), ("after", "after"), ("reference", "reference")):
-            print(f"  {label:<10}{' '.join(str(sample[key]).split()) or '(nothing)'}")
-    print(f"\nadapter  {folder / 'adapter'}\nreport   {folder / 'report.html'}")
-    sys.stdout.flush()
+        say(sentence)
+    for sample in (metrics.get("samples") or [])[:1]:
+        _print_sample(sample)
+    print(f"\nadapter  {folder / 'adapter'}\nreport   {folder / 'report.html'}", flush=True)
+
+
+def _arm(row: Mapping[str, Any]) -> tuple[str, ...]:
+    from ..evaluate.text import shortened
+
+    worst = "–" if row["worst_site"] is None else f"{shortened(row['worst_site'], 20)} {number(row['worst_loss'])}"
+    return row["label"], number(row["macro_loss"]), interval(row["ci95"]), number(row["token_accuracy"]), worst
+
+
+def _print_sample(sample: Mapping[str, Any]) -> None:
+    print()
+    say(str(sample["prompt"]))
+    for label, key in (("before", "before"), ("after", "after"), ("reference", "reference")):
+        say(f"  {label:<10}{' '.join(str(sample[key]).split()) or '(nothing)'}")
 
 
 def print_partition(partition: Mapping[str, Any]) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RecipeError, StateError
-from .terminal import JsonOption, SetOption, choose_output, options, print_json
+from .folders import choose_output, tidy
+from .terminal import JsonOption, SetOption, begin, options, print_json, say
 
 OutputOption = Annotated[
     Path | None,
@@ -31,8 +32,11 @@ def run(
     quiet: QuietOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Carry out a recipe: federated training, its control arms, evaluation and report."""
-    options.json = json
+    """Carry out a recipe: federated training, its control arms, evaluation and report.
+
+    Paths in a recipe are relative to the folder that you are in.
+    """
+    begin(json)
     from ..recipe.load import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
@@ -42,15 +46,16 @@ def run(
 def demo(
     set_: SetOption = None,
     output: OutputOption = None,
+    resume: ResumeOption = False,
     quiet: QuietOption = False,
     json: JsonOption = False,
 ) -> None:
     """Run the built-in example: six sites, a small model, about a minute."""
-    options.json = json
+    begin(json)
     from ..recipe.load import load_recipe
 
     loaded = load_recipe("demo", set_ or ())
-    _run(loaded, choose_output(output, loaded.name, resume=False), resume=False, quiet=quiet)
+    _run(loaded, choose_output(output, loaded.name, resume=resume), resume=resume, quiet=quiet)
 
 
 def _run(recipe: Any, output: Path, *, resume: bool, quiet: bool) -> None:
@@ -59,7 +64,7 @@ def _run(recipe: Any, output: Path, *, resume: bool, quiet: bool) -> None:
     if resume and (output / "metrics.json").exists():
         raise StateError(f"the run in {output} has ended", hint=f"see it by: commonweight report {output}")
     progress = Progress(quiet=quiet or options.json)
-    with progress:
+    with tidy(output), progress:
         from ..launch import run as launch
 
         metrics = launch(recipe, output, resume=resume, listeners=(progress.listen,))
@@ -70,14 +75,19 @@ def _run(recipe: Any, output: Path, *, resume: bool, quiet: bool) -> None:
 
 
 def init(
-    directory: Annotated[Path, typer.Argument(help="Where to write it.", metavar="DIR")] = Path(),
+    directory: Annotated[Path, typer.Argument(help="Folder to write to.", metavar="DIR")] = Path(),
     kind: Annotated[
         str,
-        typer.Option("--kind", help="demo, instruction (JSONL with instruction and output), chat (messages) or text."),
+        typer.Option(
+            "--kind",
+            help="What your data is: instruction (rows with instruction and output), chat (rows with messages) or "
+            "text (plain text files); or demo, the built-in example.",
+            metavar="KIND",
+        ),
     ] = "instruction",
     force: Annotated[bool, typer.Option("--force", help="Replace a recipe that is there.")] = False,
 ) -> None:
-    """Write a commented recipe to start from, and its JSON Schema for editors."""
+    """Write a commented recipe to start from, and its JSON Schema for editors: recipe.yaml, recipe.schema.json."""
     import json as json_module
 
     from ..federation.folder import write_text
@@ -90,8 +100,8 @@ def init(
         raise RecipeError(f"{target} exists already", hint="choose another folder, or replace it by --force")
     write_text(target, text)
     write_text(directory / "recipe.schema.json", json_module.dumps(json_schema(), indent=1) + "\n")
-    typer.echo(f"wrote {target} and {directory / 'recipe.schema.json'}")
-    typer.echo(f"next: edit it, then `commonweight validate {target} --data`, then `commonweight run {target}`")
+    say(f"wrote {target} and {directory / 'recipe.schema.json'}")
+    say(f"next: edit it, then `commonweight validate {target} --data`, then `commonweight run {target}`")
 
 
 def validate(
@@ -101,7 +111,7 @@ def validate(
     json: JsonOption = False,
 ) -> None:
     """Check a recipe without running it."""
-    options.json = json
+    begin(json)
     from ..recipe.load import check_methods, load_recipe
     from ..recipe.resolved import recipe_digest
 
@@ -119,7 +129,8 @@ def validate(
         )
         return
     rounds, strategy = loaded.federation.rounds, loaded.federation.strategy.name
-    typer.echo(f"{recipe} is valid: {rounds} rounds of {strategy}, digest {recipe_digest(loaded)[:12]}")
+    plural = "" if rounds == 1 else "s"
+    say(f"{recipe} is valid: {rounds} round{plural} of {strategy}, digest {recipe_digest(loaded)[:12]}")
     if partition is not None:
         from .progress import print_partition
 

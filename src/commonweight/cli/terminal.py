@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+import textwrap
+import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from ..errors import CommonweightError, RecipeError, StateError
+from ..errors import EXIT_INTERRUPTED, CommonweightError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 SetOption = Annotated[
@@ -20,103 +25,125 @@ SetOption = Annotated[
 ]
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN")]
 
+_MAX_WIDTH = 100
+#: control characters would move the cursor or break a table's line; text from data and models may hold them
+_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+
 
 @dataclass
 class Options:
-    """Options given before the command, and whether the command was asked for JSON."""
+    """Options given before the command, whether the command was asked for JSON, and where that goes."""
 
     debug: bool = False
     json: bool = False
+    stdout: TextIO | None = None
 
 
 options = Options()
 
 
+class Interrupted(CommonweightError):
+    """Ctrl-C, as a message."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+def begin(json: bool) -> None:
+    """Take note of --json: the result alone goes to standard output then, what anything else prints to standard error.
+
+    Libraries print, and so may a method of one's own, in a worker too: workers inherit this.
+    """
+    options.json = json
+    if json and options.stdout is None:
+        options.stdout, sys.stdout = sys.stdout, sys.stderr
+
+
+def end() -> None:
+    """Undo `begin`."""
+    if options.stdout is not None:
+        sys.stdout, options.stdout = options.stdout, None
+    options.debug = options.json = False
+
+
+def hush_libraries() -> None:
+    """Keep libraries' warnings off the screen: they speak to programmers, and `--debug` shows them."""
+    warnings.simplefilter("ignore")
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+
+
 def fail(error: CommonweightError) -> NoReturn:
     """Print an error, for a program too if it asked for JSON, and exit with its code."""
+    if options.debug:
+        traceback.print_exception(error)
     if options.json:
+        kind = type(error).__name__
         print_json(
-            {
-                "error": {
-                    "kind": type(error).__name__,
-                    "message": error.message,
-                    "hint": error.hint,
-                    "retry": error.retry,
-                }
-            }
+            {"error": {"kind": kind, "message": error.message, "hint": error.hint, "retry": error.retry}},
         )
-    print(f"error: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"  {error.hint}", file=sys.stderr)
+    _complain(error.message if isinstance(error, Interrupted) else f"error: {error.message}")
+    for line in error.hint.splitlines():
+        _complain(f"  {line}")
     if error.retry:
-        print("  Trying again is safe.", file=sys.stderr)
+        _complain("  Trying again is safe.")
     raise SystemExit(error.exit_code)
 
 
+def _complain(text: str) -> None:
+    indent = "  " if text.startswith("  ") else ""
+    print(_wrapped(text, indent) if sys.stderr.isatty() else text, file=sys.stderr)
+
+
 def print_json(value: Mapping[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    print(json.dumps(value), file=options.stdout or sys.stdout, flush=True)
 
 
 def is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
+def say(text: str) -> None:
+    """Print sentences: wrapped at words on a terminal, as they are elsewhere; control characters made visible."""
+    text = text.translate(_CONTROLS)
+    print(_wrapped(text) if is_terminal() else text, flush=True)
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    width = min(_MAX_WIDTH, shutil.get_terminal_size().columns)
+    fill = textwrap.TextWrapper(
+        width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+    ).fill
+    return "\n".join(fill(line) for line in text.split("\n"))
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
     """Print a table: drawn on a terminal, plain aligned columns elsewhere."""
+    rows = [[cell.translate(_CONTROLS).replace("\n", " ") for cell in row] for row in rows]
     if is_terminal():
-        from rich.console import Console
-        from rich.table import Table
-
-        drawn = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-        for index, column in enumerate(columns):
-            drawn.add_column(column, justify="right" if index in right else "left", overflow="fold")
-        for row in rows:
-            drawn.add_row(*row)
-        Console().print(drawn, markup=False)
+        _draw(columns, rows, right)
         return
-    widths = [max(len(str(row[k])) for row in [columns, *rows]) for k in range(len(columns))]
+    widths = [max(len(row[k]) for row in [columns, *rows]) for k in range(len(columns))]
     for row in [columns, *rows]:
         cells = [c.rjust(w) if k in right else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))]
         print("  ".join(cells).rstrip())
+
+
+def _draw(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    Console().print(drawn)
 
 
 def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def read_run(run: Path, *, finished: bool = True) -> dict[str, Any]:
-    """A run's metrics.
-
-    Raises:
-        StateError: the folder holds no run, or (`finished`) one that has not ended.
-    """
-    if not (run / "recipe.yaml").exists():
-        raise StateError(
-            f"{run} holds no run", hint="name a folder that `commonweight run` made; `commonweight runs` lists them"
-        )
-    if not (run / "metrics.json").exists():
-        if finished:
-            raise StateError(
-                f"the run in {run} has not ended",
-                hint=f"go on with it: commonweight run {run}/recipe.yaml -o {run} --resume",
-            )
-        return {}
-    from ..evaluate.report import read_metrics
-
-    return read_metrics(run)
-
-
-def choose_output(output: Path | None, name: str, *, resume: bool) -> Path:
-    """Where a run goes: what was asked for; else runs/<name>, numbered if taken; to resume, the latest of these."""
-    if output is not None:
-        return output
-    taken = [
-        path
-        for path in (Path("runs") / f"{name}{suffix}" for suffix in ("", *(f"-{k}" for k in range(2, 1000))))
-        if path.exists()
-    ]
-    if resume:
-        if not taken:
-            raise RecipeError(f"no run called {name} is in runs/", hint="name its folder by -o")
-        return taken[-1]
-    return Path("runs") / (name if not taken else f"{name}-{len(taken) + 1}")
+def interval(bounds: Sequence[float] | None) -> str:
+    return f"{bounds[0]:.3f} … {bounds[1]:.3f}" if bounds else "–"

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RecipeError
-from .terminal import JsonOption, RunArgument, SetOption, number, options, print_json, table
+from .terminal import JsonOption, RunArgument, SetOption, begin, interval, number, print_json, say, table
 
-RoundOption = Annotated[int | None, typer.Option("--round", help="Use the global adapter after this round.", min=1)]
+RoundOption = Annotated[
+    int | None, typer.Option("--round", help="Use the global adapter after this round.", min=1, metavar="N")
+]
 BaseOption = Annotated[bool, typer.Option("--base", help="Use the base model, without the adapter.")]
 
 
@@ -25,8 +27,12 @@ def evaluate(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Score a run's model on its sites' held-out rows, or on other data (`--set data.path=…`)."""
-    options.json = json
+    """Score a run's model on its sites' held-out rows, or on other data.
+
+    The rows are those that the run's recipe gives; `--set data.path=other.jsonl` reads others by the same rules.
+    """
+    begin(json)
+    _check_choice(round, base)
     from ..result import open_result, score
 
     result = open_result(run, set_ or (), round=round, base=base)
@@ -36,58 +42,60 @@ def evaluate(
         print_json({"run": str(run), "round": round, "base": base, "macro_loss": macro, "sites": sites})
         return
     extra = [key for key in ("exact_match", "choice_accuracy") if all(key in site for site in sites.values())]
-    rows = [
-        (
-            name,
-            str(site["examples"]),
-            number(site["loss"]),
-            "–" if not site["ci95"] else f"{site['ci95'][0]:.3f} … {site['ci95'][1]:.3f}",
-            number(site["perplexity"], 1),
-            number(site["token_accuracy"]),
-            *(number(site[key]) for key in extra),
-        )
-        for name, site in sites.items()
-    ]
-    columns = (
-        "site",
-        "rows",
-        "loss",
-        "95 % interval",
-        "perplexity",
-        "token accuracy",
-        *(k.replace("_", " ") for k in extra),
+    columns = ("site", "rows", "loss", "95 % interval", "perplexity", "tokens right")
+    rows = [_scores(name, site, extra) for name, site in sites.items()]
+    right = (1, 2, *range(4, len(columns) + len(extra)))
+    table((*columns, *(key.replace("_", " ") for key in extra)), rows, right=right)
+    say(f"\nmean over sites {macro:.4f} nats a token")
+
+
+def _scores(name: str, site: dict[str, Any], extra: list[str]) -> tuple[str, ...]:
+    return (
+        name,
+        str(site["examples"]),
+        number(site["loss"]),
+        interval(site["ci95"]),
+        number(site["perplexity"], 1),
+        *(number(site[key]) for key in ("token_accuracy", *extra)),
     )
-    table(columns, rows, right=(1, 2, 4, *range(5, len(columns))))
-    typer.echo(f"\nmean over sites {macro:.4f} nats a token")
+
+
+def _check_choice(round: int | None, base: bool) -> None:
+    if base and round is not None:
+        raise RecipeError("--base and --round exclude each other", hint="the base model is the same in every round")
 
 
 def chat(
     run: RunArgument,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and end.")] = None,
+    set_: SetOption = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and end.", metavar="TEXT")] = None,
     round: RoundOption = None,
     base: BaseOption = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="Give the text to the model as it is, without the recipe's prompt.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length bound of an answer.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Length bound of an answer.", metavar="N")
+    ] = 128,
     json: JsonOption = False,
 ) -> None:
-    """Ask a run's model."""
-    options.json = json
+    """Ask a run's model: question by question, or the one on standard input or in --prompt."""
+    begin(json)
+    _check_choice(round, base)
     if prompt is None and (json or not sys.stdin.isatty()):
         prompt = sys.stdin.read().strip()
         if not prompt:
             raise RecipeError("there is nothing to ask: standard input is empty", hint="give a question by --prompt")
     from ..result import Conversation, open_result
 
-    talk = Conversation(open_result(run, (), round=round, base=base), raw=raw, max_new_tokens=max_new_tokens)
+    talk = Conversation(open_result(run, set_ or (), round=round, base=base), raw=raw, max_new_tokens=max_new_tokens)
     if prompt is not None:
         answer = talk.ask(prompt)
-        print_json({"prompt": prompt, "answer": answer}) if json else typer.echo(answer)
+        print_json({"prompt": prompt, "answer": answer}) if json else say(answer)
         return
-    typer.echo("Ask; an empty line ends.")
+    say("Ask; an empty line ends.")
     while line := _line():
-        typer.echo(talk.ask(line))
+        say(talk.ask(line))
 
 
 def _line() -> str:
@@ -104,14 +112,16 @@ def export(
         bool, typer.Option("--merge", help="Fold the adapter into the base and write full weights.")
     ] = False,
     round: RoundOption = None,
+    set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
     """Write a run's adapter, or with --merge the whole model, for other programs to open."""
-    options.json = json
+    begin(json)
+    from ..evaluate.text import size
     from ..result import export_result
 
-    facts: dict[str, Any] = export_result(run, output, merge=merge, round=round)
+    facts: dict[str, Any] = export_result(run, output, set_ or (), merge=merge, round=round)
     if json:
         print_json(facts)
     else:
-        typer.echo(f"wrote {facts['kind']} ({facts['bytes'] / 1e6:.1f} MB) to {output}")
+        say(f"wrote {facts['kind']} ({size(facts['bytes'])}) to {output}")

@@ -25,7 +25,7 @@ from ..registry import resolve
 from ..seeding import derive_seed
 from ..train import batches
 from ..train.local import Objective, Participant
-from ..train.loss import LanguageModel
+from ..train.loss import LanguageModel, autocast_dtype
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -81,10 +81,12 @@ def build_bench(recipe: Recipe) -> Bench:
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainables = Trainables(model)
-    half = recipe.training.precision == "bfloat16" or (
-        recipe.training.precision == "auto" and base.device.type == "cuda"
-    )
-    language_model = LanguageModel(model, autocast_dtype=torch.bfloat16 if half else None)
+    language_model = LanguageModel(model, autocast_dtype=autocast_dtype(recipe.training, base.device))
+    if recipe.training.packing and not language_model.keeps_packed_apart():
+        raise RecipeError(
+            f"training.packing: in model {base.name!r} the examples of a packed sequence would see each other",
+            hint="use packing: false with this architecture",
+        )
     kind = resolve("objective", recipe.training.objective.name)
     objective = kind(kind.Options(**recipe.training.objective.options))
     theta = NamedTensors(trainables.values.layout, {d: f.cpu().clone() for d, f in trainables.values.flats.items()})

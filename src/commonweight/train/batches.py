@@ -49,7 +49,9 @@ def num_steps(spec: TrainingSpec, num_sequences: int) -> int:
     if spec.steps is not None:
         return spec.steps
     epochs = spec.epochs if spec.epochs is not None else 1.0
-    return max(1, math.ceil(epochs * num_sequences / spec.batch_size - 1e-9))
+    passes = math.floor(epochs + 1e-9)  # each ends with a smaller batch, so a pass is a whole number of steps
+    rest = math.ceil((epochs - passes) * num_sequences / spec.batch_size - 1e-9)
+    return max(1, passes * math.ceil(num_sequences / spec.batch_size) + rest)
 
 
 def sequences(tokens: Tokens, spec: TrainingSpec, seed: int) -> Rows:

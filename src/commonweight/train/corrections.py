@@ -43,7 +43,8 @@ class Prox(NoCorrection):
 
     def adjust(self, values: NamedTensors, gradients: NamedTensors) -> None:
         for dtype, gradient in gradients.floating():
-            gradient.add_(values.flats[dtype] - self.theta.flats[dtype], alpha=self.mu)
+            theta = self.theta.flats[dtype].to(gradient.device)
+            gradient.add_(values.flats[dtype] - theta, alpha=self.mu)
 
 
 class Scaffold(NoCorrection):
@@ -65,6 +66,8 @@ class Scaffold(NoCorrection):
     def finish(
         self, delta: NamedTensors, *, lr: float, steps: int
     ) -> tuple[dict[str, NamedTensors], dict[str, NamedTensors]]:
+        if lr == 0:  # nothing moved, so nothing is known of the gradient: cᵢ stays
+            return {"control": NamedTensors.zeros(delta.layout)}, {"control": self.own}
         change, new = NamedTensors.zeros(delta.layout), NamedTensors.zeros(delta.layout)
         for dtype, flat in delta.floating():
             torch.sub(flat * (-1.0 / (steps * lr)), self.control.flats[dtype], out=change.flats[dtype])
