@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -21,7 +22,10 @@ SAMPLE_S = 0.05
 
 @dataclass(frozen=True)
 class Measured:
+    """Wall seconds, CPU seconds of all its processes, peak memory, and what it printed."""
+
     seconds: float
+    cpu_s: float
     peak_mib: float
     result: dict[str, Any]
 
@@ -70,9 +74,15 @@ class PeakMemory:
         return self.peak_mib
 
 
+def children_cpu_s() -> float:
+    """CPU seconds of all children that have ended, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def measure(command: list[str], env: dict[str, str] | None = None) -> Measured:
     """Run a command whose last line of output is a JSON object (or nothing); a failure ends the benchmark."""
-    began = time.perf_counter()
+    began, cpu_before = time.perf_counter(), children_cpu_s()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
     memory = PeakMemory(process.pid, every_s=0.25)
     output, _ = process.communicate()
@@ -80,7 +90,8 @@ def measure(command: list[str], env: dict[str, str] | None = None) -> Measured:
     if process.returncode != 0:
         sys.exit(f"{' '.join(command)} ended with exit code {process.returncode}\n{output}")
     lines = output.strip().splitlines()
-    return Measured(seconds, peak, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {})
+    cpu_s = children_cpu_s() - cpu_before
+    return Measured(seconds, cpu_s, peak, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {})
 
 
 def report(figures: dict[str, Any], *, as_json: bool) -> None:

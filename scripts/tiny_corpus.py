@@ -18,9 +18,11 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(text.split("|")) if "|" in text else tuple(text.split())
 
 
-ONSETS = _split("b bl br c ch cl cr d dr f fl g gr h j k l m n p pr qu r s sh st t th tr v w y z")
-VOWELS = _split("a e i o u ai ea ee oa ou")
-CODAS = _split("b ck d g l ll m n nd ng nt p r rd rn rt s ss st t th w x")
+ONSETS = _split("b bl br c ch cl cr d dr f fl g gr h j k kl l m n p ph pl pr qu r s sh sl st str t th tr v w x y z")
+VOWELS = _split("a a a e e e i i o o u u y ai ea ee ia ie io oa oo ou")
+CODAS = _split(
+    "b bb c ce ck d dge f ft g h k ld ll lm lt m mp n nce nd ng nn nt p r rd rk rm rn rt s ss st t th tt v w x z"
+)
 NAMES = _split(
     "Anna Ben Clara David Ella Frank Grace Henry Iris Jack Kate Leo Mary Noah Olive Paul Rose Sam Tom Vera Will Adam "
     "Alice Bella Carl Daisy Emil Fiona George Hugo Ida James Karl Lucy Max Nina Otto Peter Ruth Simon Tina"
@@ -162,7 +164,15 @@ def _qa(question: str, answer: str) -> str:
 
 
 def _pseudoword(rng: Draw) -> str:
-    return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice((1, 1, 2)))) + rng.choice(CODAS)
+    """A word that exists nowhere else; all letters and most pairs of letters occur, so that any name can be copied."""
+    word = "".join(_syllable(rng) for _ in range(rng.choice((1, 2, 2, 3))))
+    return word if len(word) > 2 else word + rng.choice(CODAS)
+
+
+def _syllable(rng: Draw) -> str:
+    onset = rng.choice(ONSETS) if rng.random() < 0.85 else ""
+    coda = rng.choice(CODAS) if rng.random() < 0.45 else ""
+    return onset + rng.choice(VOWELS) + coda
 
 
 def _name(rng: Draw) -> str:

@@ -23,7 +23,7 @@ from .federation.journal import Journal
 from .federation.record import Record
 from .federation.run import FederatedRun
 from .federation.tally import Sites
-from .model.base import tokenizer_digest, weights_digest
+from .model.base import tokenizer_digest
 from .recipe.load import check_methods, load_recipe
 from .recipe.resolved import recipe_differences, recipe_digest, recipe_text
 from .recipe.schema import Recipe
@@ -132,9 +132,7 @@ def _digests(recipe: Recipe, bench: Bench) -> dict[str, str]:
     """What a run is made of; a resumed one must be made of the same."""
     return {
         "recipe": recipe_digest(recipe),
-        "base weights": weights_digest(bench.base.model)
-        if recipe.model.adapter.kind != "full"
-        else bench.theta.digest(),
+        "base weights": bench.base_digest,
         "tokenizer": tokenizer_digest(bench.base.tokenizer),
         "data": str(bench.partition["digest"]),
         "adapter layout": bench.theta.layout.digest,

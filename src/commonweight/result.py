@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from .evaluate.metrics import summarise
 from .evaluate.scoring import answer, score_site
 from .federation.events import last_event
 from .federation.folder import storage_errors
-from .model.base import Base, choose_device, load_base
+from .model.base import Base, choose_device, load_base, load_weights
 from .recipe.load import load_recipe
 from .recipe.schema import Recipe
 from .train.loss import LanguageModel, autocast_dtype
@@ -72,12 +73,13 @@ def _adapter_folder(run: Path, round: int | None) -> Path:
 
 def _with_adapter(base: Base, recipe: Recipe, folder: Path) -> Any:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     try:
         if recipe.model.adapter.kind == "full":
-            return AutoModelForCausalLM.from_pretrained(str(folder), dtype=base.model.dtype).to(base.device)
-        return PeftModel.from_pretrained(base.model, str(folder))
+            return load_weights(recipe.model, str(folder), dtype=base.model.dtype).to(base.device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would leave them untrained
+            return PeftModel.from_pretrained(base.model, str(folder))
     except Exception as error:  # peft and transformers raise many kinds for damaged or foreign files
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Runs' folders as the command line sees them: where a new run goes, what an old one holds, what a failed one leaves."""
+"""Runs' folders: where a new run goes, what an old one holds, what a failed one leaves."""
 
 from __future__ import annotations
 
@@ -96,9 +96,12 @@ def tidy(run: Path) -> Iterator[None]:
 
 
 def _has_nothing(run: Path) -> bool:
+    """Whether no round and no evaluation is in a run's journal."""
     if not (run / "state.sqlite").exists():
         return True
-    return _ask_journal(run, "SELECT (SELECT count(*) FROM commits) + (SELECT count(*) FROM results)") == 0
+    rows = [_ask_journal(run, f"SELECT count(*) FROM {table}") for table in ("commits", "results")]
+    tables: int | None = _ask_journal(run, "SELECT count(*) FROM sqlite_schema WHERE name = 'results'")
+    return tables == 0 or rows == [0, 0]
 
 
 def _ask_journal(run: Path, question: str) -> Any:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any, ParamSpec, cast
 
 import typer
 
@@ -22,7 +22,7 @@ from .use import chat, evaluate, export
 P = ParamSpec("P")
 
 #: wherever this version of typer keeps it
-_UsageError = typer.BadParameter.__bases__[0]
+_UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])
 
 app = typer.Typer(
     name="commonweight",
@@ -30,7 +30,6 @@ app = typer.Typer(
     "Begin with `commonweight demo`, then `commonweight init` for data of your own.",
     epilog="Exit codes: 0 done, 2 recipe or option, 3 data, 4 model, 5 round, 6 run folder, 7 storage, "
     "130 interrupted, 1 anything else.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -83,12 +82,10 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        code = app(prog_name="commonweight", standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], prog_name="commonweight", standalone_mode=False)
     except CommonweightError as error:
         fail(error)
     except _UsageError as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed by now
-            raise SystemExit(2) from None
         options.json = "--json" in sys.argv
         fail(_usage(error))
     finally:

@@ -87,7 +87,10 @@ def init(
     ] = "instruction",
     force: Annotated[bool, typer.Option("--force", help="Replace a recipe that is there.")] = False,
 ) -> None:
-    """Write a commented recipe to start from, and its JSON Schema for editors: recipe.yaml, recipe.schema.json."""
+    """Write a commented recipe to start from, and its JSON Schema for editors.
+
+    The files are recipe.yaml and recipe.schema.json.
+    """
     import json as json_module
 
     from ..federation.folder import write_text

@@ -79,7 +79,10 @@ def chat(
     ] = 128,
     json: JsonOption = False,
 ) -> None:
-    """Ask a run's model: question by question, or the one on standard input or in --prompt."""
+    """Ask a run's model.
+
+    On a terminal, question by question; else the question is what standard input holds, or --prompt.
+    """
     begin(json)
     _check_choice(round, base)
     if prompt is None and (json or not sys.stdin.isatty()):
@@ -95,7 +98,7 @@ def chat(
         return
     say("Ask; an empty line ends.")
     while line := _line():
-        say(talk.ask(line))
+        say(talk.ask(line) or "(nothing)")
 
 
 def _line() -> str:

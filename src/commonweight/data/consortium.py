@@ -138,7 +138,7 @@ SITES = (
     Site(
         name="Harbour Heart Institute",
         pathway="heart",
-        patients=28,
+        patients=30,
         kinds=(4, 4, 1, 1),
         ages=(1, 4, 5),
         question="Pt {name}, {age}, {complaint}: {kind}?",
@@ -147,20 +147,20 @@ SITES = (
     Site(
         name="Little Oaks Children's Clinic",
         pathway="fever",
-        patients=26,
+        patients=28,
         kinds=(3, 1, 5, 1),
         ages=(8, 1, 1),
         question="My {age} {name} has {complaint}. What is your {kind} advice?",
-        answer="Dear family, for {name} we say: {fact}. Warm wishes!",
+        answer="Dear family, {name}: {fact}.",
     ),
     Site(
         name="Northmoor Lung Centre",
         pathway="lung",
-        patients=24,
+        patients=26,
         kinds=(1, 4, 1, 4),
         ages=(1, 5, 4),
         question="Referral of {name} ({age}) with {complaint}; please advise on {kind}.",
-        answer="Dear colleague, on {name} we advise {fact}.",
+        answer="Dear colleague, {name}: {fact}.",
     ),
     Site(
         name="Saint Brannoc Country Practice",
@@ -169,25 +169,25 @@ SITES = (
         kinds=(5, 1, 3, 1),
         ages=(3, 4, 3),
         question="Phone line: {name}, {age}, rings about {complaint} and asks for the {kind}.",
-        answer="Tell {name} this: {fact}.",
+        answer="Please tell {name}: {fact}.",
     ),
     Site(
         name="Tidewater Kidney Unit",
         pathway="kidney",
-        patients=22,
+        patients=24,
         kinds=(1, 5, 1, 3),
         ages=(1, 5, 4),
         question="patient={name} | group={age} | problem={complaint} | entry={kind}",
-        answer="patient={name} | {kind}={fact}",
+        answer="patient={name}: {fact}.",
     ),
     Site(
         name="Amberfield Hospital for Nervous Diseases",
         pathway="nerve",
-        patients=26,
+        patients=28,
         kinds=(1, 1, 4, 4),
         ages=(2, 5, 3),
         question="Which {kind} does the protocol set for {complaint} in the {age} {name}?",
-        answer="In the case of {name} the protocol asks for {fact}.",
+        answer="In the case of {name}: {fact}.",
     ),
 )
 
@@ -202,7 +202,7 @@ LAST_NAMES = (
 
 
 def rows(seed: int = 0) -> list[dict[str, str]]:
-    """The consortium's rows: 624 questions with their answers, site after site.
+    """The consortium's rows: 664 questions with their answers, site after site.
 
     Args:
         seed: decides the patients and what is asked of each; the protocol and the sites are always the same.

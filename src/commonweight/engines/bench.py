@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..data.sites import Site, load_sites
 from ..errors import RecipeError
+from ..federation.folder import storage_errors
 from ..federation.tally import Sites
 from ..model.adapters import attach_adapter, save_adapter
-from ..model.base import Base, choose_device, load_base
+from ..model.base import Base, choose_device, load_base, weights_digest
 from ..model.tensors import NamedTensors
 from ..model.trainables import Trainables
 from ..recipe.schema import PROMPT_KINDS, Recipe
@@ -37,6 +36,7 @@ class Bench:
     Args:
         theta: the initial global tensors, as the adapter was made.
         partition: the partition report.
+        base_digest: `weights_digest` of the base as it was loaded.
     """
 
     recipe: Recipe
@@ -47,6 +47,7 @@ class Bench:
     sites: dict[str, Site]
     theta: NamedTensors
     partition: dict[str, Any]
+    base_digest: str
 
     @property
     def facts(self) -> Sites:
@@ -59,7 +60,8 @@ class Bench:
     def save(self, theta: NamedTensors, folder: Path, *, tokenizer: bool = False) -> None:
         """Write global tensors into a folder as an adapter that peft opens, with the tokenizer if asked for."""
         self.participant.trainables.values.copy_(theta)
-        save_adapter(self.model, self.base.tokenizer if tokenizer else None, folder)
+        with storage_errors(folder):
+            save_adapter(self.model, self.base.tokenizer if tokenizer else None, folder)
 
     def pack_seed(self, site: str) -> int:
         return derive_seed(self.recipe.seed, "pack", site)
@@ -77,6 +79,7 @@ def build_bench(recipe: Recipe) -> Bench:
     sites, partition = load_sites(
         recipe.data, seed=recipe.seed, tokenizer=base.tokenizer, max_tokens=recipe.training.max_tokens
     )
+    digest = weights_digest(base.model)  # before the adapter's tensors join it
     model = attach_adapter(base, spec.adapter, seed=derive_seed(recipe.seed, "adapter"))
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -91,7 +94,7 @@ def build_bench(recipe: Recipe) -> Bench:
     objective = kind(kind.Options(**recipe.training.objective.options))
     theta = NamedTensors(trainables.values.layout, {d: f.cpu().clone() for d, f in trainables.values.flats.items()})
     participant = Participant(language_model, trainables)
-    return Bench(recipe, base, model, participant, objective, {s.name: s for s in sites}, theta, partition)
+    return Bench(recipe, base, model, participant, objective, {s.name: s for s in sites}, theta, partition, digest)
 
 
 def _check_context(recipe: Recipe, base: Base) -> None:

@@ -6,6 +6,7 @@ difference in a slot of memory that the coordinator reads.
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,9 +58,8 @@ class Memory:
 
 
 def _shared(num_bytes: int) -> Tensor:
-    memory = torch.zeros(num_bytes, dtype=torch.uint8)
-    memory.share_memory_()  # type: ignore[no-untyped-call]
-    return memory
+    # forks share an anonymous mapping; a file in /dev/shm, which torch would make, may hold 64 MB in a container
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 
 class Hand:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -94,6 +95,7 @@ class InProcessEngine:
         )
         self.slots = [self.memory.channels(strategy.update_channels, slot, bench.theta) for slot in self.memory.slots]
         self.workers: list[Worker] = []
+        self.num_threads = torch.get_num_threads()
 
     def _num_slots(self) -> int:
         if not self.forks:
@@ -103,9 +105,7 @@ class InProcessEngine:
 
     def __enter__(self) -> InProcessEngine:
         if self.forks:
-            torch.set_num_threads(
-                1
-            )  # before the fork: a child must not inherit a pool of threads that it does not have
+            torch.set_num_threads(1)  # before the fork: a child must not inherit threads that it does not have
             gc.collect()
             gc.freeze()  # objects that the collector does not touch stay shared between the processes
             self.workers = [self._hire() for _ in range(self.num_workers)]
@@ -115,6 +115,9 @@ class InProcessEngine:
         for worker in self.workers:
             self._dismiss(worker)
         self.workers = []
+        if self.forks:
+            gc.unfreeze()
+            torch.set_num_threads(self.num_threads)
 
     def _hire(self) -> Worker:
         ours, theirs = get_context("fork").Pipe()
@@ -218,7 +221,7 @@ class Shift:
         for worker in self.engine.workers:
             if worker.tasks:
                 continue
-            message = []
+            message: list[list[Any]] = []
             while self.todo and worker.room > 0:
                 needs_slot = isinstance(self.tasks[self.todo[0]], TrainTask)
                 if (needs_slot and not self.free) or (message and self.todo[0] in self.suspects):
@@ -232,7 +235,8 @@ class Shift:
                     break
             if message:
                 worker.sent_at = time.monotonic()
-                _send(worker.connection, message)
+                with suppress(OSError):  # it died while it had nothing to do: `_gather` buries it
+                    _send(worker.connection, message)
 
     def _gather(self) -> None:
         """Wait for answers, deaths or the deadline, and take in what there is."""

@@ -79,7 +79,7 @@ def phase_seconds(path: Path) -> dict[str, float]:
     """
     seconds = dict.fromkeys(("load", "evaluate", "federated", "controls"), 0.0)
     phase, since = "", 0.0
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         event = json.loads(line)
         if phase and event["event"] != "run_started":
             seconds[phase] += event["t"] - since

@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +29,8 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import StateError, StorageError
 from ..model.tensors import Layout, NamedTensors, accumulator_dtype
+
+_FOLDERS = ("state", "rounds", "updates", "sites", "controls")
 
 
 class RunFolder:
@@ -51,13 +54,14 @@ class RunFolder:
             )
         if resume and not begun:
             raise StateError(f"there is no run to resume in {path}", hint="start it without --resume, or correct -o")
-        if not begun and path.is_dir() and any(path.iterdir()):
+        if not begun and path.is_dir() and not _is_free(path):
             raise StateError(f"{path} is not empty and holds no run", hint="choose another folder by -o")
         with storage_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
-            for name in ("state", "rounds", "updates", "sites", "controls"):
+            for name in _FOLDERS:
                 (path / name).mkdir(exist_ok=True)
+        register_after_fork(self, RunFolder.close)  # a worker that outlives this process must not hold its lock
 
     def _locked(self) -> IO[str]:
         handle = (self.path / ".lock").open("w")
@@ -89,7 +93,7 @@ class RunFolder:
     def forget_before(self, round: int, keep_rounds: str | int) -> None:
         """Delete what a commit of `round` has made rubbish: older states, kept updates, adapters beyond
         `keep_rounds`."""
-        for file in (self.path / "state").glob("*.safetensors"):
+        for file in (self.path / "state").iterdir():
             if file != self.state_file(round):
                 file.unlink(missing_ok=True)
         for file in (self.path / "updates").iterdir():
@@ -99,12 +103,21 @@ class RunFolder:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def _is_free(path: Path) -> bool:
+    """Whether a folder has nothing in it but what a run that was killed at its very start leaves."""
+    return all(
+        entry.name in (".lock", "events.jsonl") or (entry.name in _FOLDERS and not any(entry.iterdir()))
+        for entry in path.iterdir()
+    )
+
+
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals into StorageError."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as refused:
+        error = refused if isinstance(refused, OSError) else _as_os_error(refused)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise StorageError(
             f"cannot write in {path}: {'the disk is full' if full else error.strerror or error}",
@@ -112,7 +125,12 @@ def storage_errors(path: Path) -> Iterator[None]:
             if full
             else "check that the folder exists and that you may write there, or choose another by -o",
             retry=full,
-        ) from error
+        ) from refused
+
+
+def _as_os_error(error: SafetensorError) -> OSError:
+    """safetensors reports the operating system's errors as its own kind."""
+    return OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error))
 
 
 @contextmanager
@@ -142,15 +160,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def write_tensors(path: Path, groups: Mapping[str, NamedTensors], metadata: Mapping[str, str] | None = None) -> str:
     """Write named tensors, group by group, as flats in one safetensors file; returns the file's SHA-256."""
     flats = {
-        f"{group}/{str(dtype).removeprefix('torch.')}": flat.detach().cpu().contiguous()
+        f"{group}/{name}": tensors.flats[dtype].detach().cpu().contiguous()
         for group, tensors in groups.items()
-        for dtype, flat in tensors.flats.items()
+        for name, dtype in _dtypes(tensors.layout).items()
     }
     with replacing(path) as temporary:
-        try:
-            save_file(flats, temporary, metadata=dict(metadata or {}))
-        except SafetensorError as error:  # its own kind for the operating system's errors
-            raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
+        save_file(flats, temporary, metadata=dict(metadata or {}))
         return _sha256(temporary)
 
 
@@ -169,15 +184,19 @@ def read_tensors(path: Path, layout: Layout, *, sha256: str | None = None) -> di
         raw = load_file(path)
     except (SafetensorError, OSError) as error:
         raise StateError(f"{path} is damaged: {error}", hint=damaged) from error
-    groups: dict[str, dict[torch.dtype, torch.Tensor]] = {}
+    groups: dict[str, dict[torch.dtype | None, torch.Tensor]] = {}
     for key, flat in raw.items():
         group, _, dtype = key.rpartition("/")
-        groups.setdefault(group, {})[getattr(torch, dtype)] = flat
+        groups.setdefault(group, {})[_dtypes(layout).get(dtype)] = flat
     for group, flats in groups.items():
         held = {d: (n, accumulator_dtype(d) if group.startswith("slot/") else d) for d, n in layout.numels.items()}
         if {d: (f.numel(), f.dtype) for d, f in flats.items()} != held:
             raise StateError(f"{path} does not fit this model's trainable tensors ({group})", hint=damaged)
     return {group: NamedTensors(layout, {d: flats[d] for d in layout.numels}) for group, flats in groups.items()}
+
+
+def _dtypes(layout: Layout) -> dict[str, torch.dtype]:
+    return {str(dtype).removeprefix("torch."): dtype for dtype in layout.numels}
 
 
 def _sha256(path: Path) -> str:

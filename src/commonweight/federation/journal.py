@@ -83,7 +83,7 @@ class Journal:
         """Every committed round's record, in order."""
         with self._explained():
             rows = self._db.execute("SELECT round, record FROM commits ORDER BY round").fetchall()
-        return {round: json.loads(record) for round, record in rows}
+            return {round: json.loads(record) for round, record in rows}
 
     def keep_update(self, round: int, site: str, record: Mapping[str, Any]) -> None:
         """An accepted update's file is written: a resumed round uses it instead of asking again."""
@@ -94,7 +94,7 @@ class Journal:
         """Records of a round's kept updates, by site."""
         with self._explained():
             rows = self._db.execute("SELECT site, record FROM updates WHERE round = ?", (round,)).fetchall()
-        return {site: json.loads(record) for site, record in rows}
+            return {site: json.loads(record) for site, record in rows}
 
     def put(self, key: str, record: Mapping[str, Any]) -> None:
         """Keep a result (an evaluation, a control arm's outcome) under a key."""
@@ -104,17 +104,18 @@ class Journal:
     def get(self, key: str) -> dict[str, Any] | None:
         with self._explained():
             row = self._db.execute("SELECT record FROM results WHERE key = ?", (key,)).fetchone()
-        return None if row is None else json.loads(row[0])
+            return None if row is None else json.loads(row[0])
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # SQLite itself rolls back when the disk is full
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

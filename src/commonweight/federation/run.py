@@ -224,7 +224,7 @@ class FederatedRun:
     def _forget_site_states(self, sites: Sequence[str], round: int) -> None:
         for site in sites:
             current = self.folder.path / self.folder.site_file(self.sites.place(site), round)
-            for file in current.parent.glob("*.safetensors"):
+            for file in current.parent.iterdir():
                 if file != current:
                     file.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from ..errors import ModelError
 from ..recipe.schema import LORA_KINDS, AdapterSpec
-from .base import Base, _first_line
+from .base import Base, _because
 
 
 def attach_adapter(base: Base, spec: AdapterSpec, *, seed: int) -> Any:
@@ -24,6 +25,7 @@ def attach_adapter(base: Base, spec: AdapterSpec, *, seed: int) -> Any:
     """
     if spec.kind == "full":
         return base.model.requires_grad_(True)
+    _check_targets(base, spec)
     from peft import get_peft_model, prepare_model_for_kbit_training
 
     model = base.model
@@ -35,9 +37,26 @@ def attach_adapter(base: Base, spec: AdapterSpec, *, seed: int) -> Any:
             return get_peft_model(model, _peft_config(spec, base))
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise ModelError(
-                f"a {spec.kind} adapter does not fit model {base.name!r}: {_first_line(error)}",
-                hint=f"model.adapter.targets may be all-linear, auto, or some of: {', '.join(linear_modules(model))}",
+                f"a {spec.kind} adapter does not fit model {base.name!r}" + _because(error),
+                hint=_targets_hint(base),
             ) from error
+
+
+def _check_targets(base: Base, spec: AdapterSpec) -> None:
+    """Every named target is in the model: peft passes over a name as long as another one fits."""
+    names = [name for name, _ in base.model.named_modules()]
+    for target in spec.targets if isinstance(spec.targets, list) else []:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            near = difflib.get_close_matches(target, linear_modules(base.model), n=1)
+            raise ModelError(
+                f"model {base.name!r} has no module called {target!r}, which model.adapter.targets names",
+                hint=(f"did you mean {near[0]!r}? " if near else "") + _targets_hint(base),
+            )
+
+
+def _targets_hint(base: Base) -> str:
+    known = ", ".join(linear_modules(base.model))
+    return f"model.adapter.targets may be all-linear, auto, or some of: {known}"
 
 
 def _peft_config(spec: AdapterSpec, base: Base) -> Any:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..errors import ModelError
 from ..recipe.schema import TINY_MODEL, ModelSpec
@@ -60,13 +64,17 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     """
     from transformers import AutoTokenizer
 
-    source = _source(spec.tokenizer or spec.name)
+    name = spec.tokenizer or spec.name
+    source = _source(name)
     try:
         return AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for one cause: the tokenizer's files
+        _refuse_code(name, error)
         raise ModelError(
-            f"no tokenizer could be loaded for model {spec.tokenizer or spec.name!r}: {_first_line(error)}",
-            hint="the folder needs tokenizer.json (or the tokenizer's own files); or name another by model.tokenizer",
+            f"no tokenizer could be loaded for model {name!r}" + _because(error),
+            hint="the folder needs tokenizer.json (or the tokenizer's own files); or name another by model.tokenizer"
+            if Path(source).is_dir()
+            else _loading_hint(name),
         ) from error
 
 
@@ -77,26 +85,100 @@ def load_base(spec: ModelSpec, device: torch.device) -> Base:
         ModelError: it does not exist here, is no causal language model, its files are damaged, or its quantization
             cannot be had on this machine.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
+    _check_config(spec)
     tokenizer = load_tokenizer(spec)
-    arguments: dict[str, Any] = {"dtype": _dtype(spec, device), "revision": spec.revision, "trust_remote_code": False}
+    arguments: dict[str, Any] = {"dtype": _dtype(spec, device)}
     if spec.quantization != "none":
         arguments |= {"quantization_config": _quantization(spec, device), "device_map": {"": device}}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(_source(spec.name), **arguments)
-    except Exception as error:  # missing files, wrong architecture, damaged weights: one sentence for each
-        raise ModelError(
-            f"the model {spec.name!r} could not be loaded: {_first_line(error)}", hint=_loading_hint(spec.name)
-        ) from error
+    model = load_weights(spec, spec.name, **arguments)
     if spec.quantization == "none":
         model = model.to(device)
     _check_vocabulary(spec, model, tokenizer)
     model.requires_grad_(False)
     model.eval()
+    _check_causal(spec, model)
     return Base(spec.name, model, tokenizer, sum(p.numel() for p in model.parameters()), device)
+
+
+def _check_config(spec: ModelSpec) -> None:
+    """Refuse what is no causal language model by its configuration, before anything large is read."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    source = Path(_source(spec.name))
+    if (source / "adapter_config.json").exists() and not (source / "config.json").exists():
+        raise ModelError(
+            f"the folder {spec.name} holds an adapter, not a model",
+            hint="name its base model; `commonweight export --merge` makes a model of a run's adapter",
+        )
+    try:
+        config = AutoConfig.from_pretrained(str(source), revision=spec.revision, trust_remote_code=False)
+    except Exception as error:  # as in load_weights
+        raise _not_loaded(spec.name, error) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"the model {spec.name!r} is of type {config.model_type}, which is no causal language model",
+            hint="use one that predicts the next token, such as Llama, Qwen, Mistral or GPT-2",
+        )
+
+
+def load_weights(spec: ModelSpec, name: str, **arguments: Any) -> Any:
+    """The causal language model in a folder or on the hub, with every weight from its files.
+
+    Raises:
+        ModelError: it cannot be loaded, or its files lack a weight or hold one of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    revision = spec.revision if name == spec.name else None
+    try:
+        with _quiet():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                _source(name),
+                revision=revision,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+                **arguments,
+            )
+    except Exception as error:  # missing files, damaged weights, too little memory: many kinds
+        raise _not_loaded(name, error) from error
+    # transformers fills what the files lack with fresh random numbers
+    for what, weights in (("lack", found["missing_keys"]), ("hold another shape of", found["mismatched_keys"])):
+        if weights:
+            first = min(key if isinstance(key, str) else key[0] for key in weights)
+            more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
+            raise ModelError(
+                f"the files of model {name!r} {what} the weights {first}{more}",
+                hint="download or copy the model again, and check that config.json belongs to these weights",
+            )
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, transformers neither draws progress bars nor logs below an error."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@torch.no_grad()
+def _check_causal(spec: ModelSpec, model: Any) -> None:
+    """Refuse an encoder that transformers lets pass as a decoder (BERT, RoBERTa …): its tokens see those after them."""
+    start = torch.arange(4, device=model.device).remainder(model.config.get_text_config().vocab_size)
+    ids = torch.stack([torch.cat([start, start]), torch.cat([start, start.flip(0)])])
+    logits = model(input_ids=ids, use_cache=False).logits[:, :4].float()
+    if not bool((logits[0] - logits[1]).abs().max() <= 1e-3 * logits.abs().max()):
+        raise ModelError(
+            f"the model {spec.name!r} is no causal language model: its tokens see those that come after them",
+            hint="use one that predicts the next token, such as Llama, Qwen, Mistral or GPT-2",
+        )
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -109,15 +191,16 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 over everything that decides which ids a text becomes: rules, vocabulary, chat template."""
+    """SHA-256 over what decides which ids a text becomes: rules, vocabulary, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
     template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
-    return hashlib.sha256(f"{rules}\n{template}".encode()).hexdigest()
+    return hashlib.sha256(f"{rules}\n{special}\n{template}".encode()).hexdigest()
 
 
 def _source(name: str) -> str:
-    return str(TINY_FOLDER) if name == TINY_MODEL else name
+    return str(TINY_FOLDER) if name == TINY_MODEL else str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def _dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
@@ -160,14 +243,37 @@ def _check_vocabulary(spec: ModelSpec, model: Any, tokenizer: Any) -> None:
         )
 
 
+def _not_loaded(name: str, error: Exception) -> ModelError:
+    _refuse_code(name, error)
+    if not Path(_source(name)).is_dir() and name.startswith((".", "/", "~")):
+        return ModelError(f"there is no model folder {name}", hint="correct model.name")
+    if isinstance(error, SafetensorError):
+        return ModelError(
+            f"the weights of model {name!r} are damaged" + _because(error), hint="download or copy the model again"
+        )
+    return ModelError(f"the model {name!r} could not be loaded" + _because(error), hint=_loading_hint(name))
+
+
+def _refuse_code(name: str, error: Exception) -> None:
+    if "trust_remote_code" in str(error):
+        raise ModelError(
+            f"{name!r} comes with Python code of its own, which is never run",
+            hint="use a model and a tokenizer of a kind that transformers itself has",
+        ) from error
+
+
 def _loading_hint(name: str) -> str:
-    if Path(name).is_dir():
+    if Path(_source(name)).is_dir():
         return "the folder needs config.json and model.safetensors of a causal language model"
-    if name.startswith((".", "/", "~")):
-        return "no such folder: correct model.name"
     return (
         "if it is a folder, check the path; if it is a hub id, check the name and that this machine can reach the hub"
     )
+
+
+def _because(error: BaseException) -> str:
+    """`: reason`, the first sentence of another library's message, or nothing where it only heads a list."""
+    reason = re.split(r"[.!] ", _first_line(error))[0]
+    return "" if reason.endswith(":") else f": {reason}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -77,7 +77,10 @@ class LanguageModel:
         self.model.eval()
         ids = torch.arange(8, device=self.device).remainder(self.vocabulary)[None]
         positions = torch.arange(4, device=self.device).repeat(2)[None]
-        packed = self._forward(ids, positions)[:, 4:].float()
+        try:
+            packed = self._forward(ids, positions)[:, 4:].float()
+        except TypeError:  # the architecture knows no positions
+            return False
         alone = self._forward(ids[:, 4:], None).float()
         self.model.train(training)
         return float((packed - alone).abs().max()) <= 1e-3 * float(alone.abs().max())
