@@ -2,7 +2,7 @@
 
 Small sentences, and questions whose answers must repeat, pick or rearrange what the question says. That teaches a
 model of a million weights to copy names, to keep to a form, to look a thing up, and to stop. Words of the medical
-world occur in random combinations only: nothing of the demo's care protocol can be learned here.
+world are combined by lot, in passing or in a fixed `handbook`: nothing of the demo's care protocol can be learned here.
 """
 
 from __future__ import annotations
@@ -53,16 +53,12 @@ DAYS = _split("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 BODY = _split(
     "head heart lung kidney nerve skin ear eye neck back hand leg throat chest stomach wrist ankle brain blood"
 )
-AGES = ("child", "adult", "older adult", "baby", "teenager")
 TROUBLES = _split(
-    "blisters|nosebleed|bloody sputum|pneumonia|warts|tooth pain|sleeplessness|asthma|scalded hand|wheezing|"
-    "slurred speech|cold sweat|seizures|stomach flu|tight chest|mumps|dizziness|low blood sugar|gout|swollen glands|"
-    "smoker's cough|back strain|lockjaw|bronchitis|croup|numb foot|sunburn|stiff shoulders|fever fits|racing pulse|"
-    "infected cut|cramps|bloody urine|shaking hands|kidney stones|a broken arm|bladder infection|constant thirst|"
-    "dog bite|fever with rash|swollen ankles|insect bites|eczema|tonsillitis|asthma attack|broken wrist|earache|"
-    "tingling hands|chest pain|a head cold|foamy urine|high blood pressure|blocked urine|wasp sting|sore throat|"
-    "heartburn|splinter|hay fever|varicose veins|measles|hiccups|frostbite|drooping face|sprained ankle|a black eye|"
-    "palpitations|migraine|high potassium"
+    "stomach flu|dizziness|pneumonia|toothache|sneezing|constant thirst|slurred speech|kidney stones|frostbite|"
+    "sunburn|migraine|sprained ankle|seizures|mumps|hiccups|smoker's cough|varicose veins|swollen ankles|"
+    "high potassium|dry cough|fever with rash|earache|bronchitis|measles|nosebleed|chest pain|poor sleep|back strain|"
+    "heartburn|dog bite|wheezing|eczema|skipped beats|gout|tonsillitis|bloody sputum|high blood pressure|wasp sting|"
+    "tingling hands|palpitations|torn muscle|cramps|foamy urine|infected cut|warts"
 )
 MEDICINES = _split(
     "calvedine anzaril tensolane fluvenor otimel larysol febrilan rehydrel brisolane pulmazin stanchine quellimar "
@@ -88,7 +84,8 @@ TESTS = _split(
 )
 LEVELS = ("red", "amber", "green", "blue", "white")
 SOON = _split(
-    "at once|within an hour|within two hours|within three days|in two days|in two weeks|in six weeks|in a month"
+    "at once|tomorrow|if worse|in three days|within an hour|within two hours|within three days|in two days|in two weeks|"
+    "in six weeks|in a month"
 )
 OFTEN = _split(
     "once a day|twice a day|three times a day|four times a day|each morning|each evening|every four hours|"
@@ -118,13 +115,9 @@ FACTS = (
     "you?|Who are you?=I am a very small language model.|Thank you.=You are welcome."
 )
 
-# What an invented register knows of each trouble: fixed, so that looking up (trouble, what is asked) is learned.
-ASKED = {
-    "code": ("code", "number", "which letter and number", "entry"),
-    "season": ("season", "when", "what time of the year", "month"),
-    "length": ("length", "how long", "days", "until when"),
-}
-SEASONS = ("spring", "summer", "autumn", "winter")
+AGES = ("baby", "child", "teenager", "adult", "older adult")
+ASKED = ("triage", "medicine", "home care", "review")
+AGES_AND_FORMS = dict(zip(AGES, ("as drops", "as a spray", "as a syrup", "as a powder", "as a cream"), strict=True))
 GLUE = _split(
     "please|about|with|for|the|our|we|say|ask|and|now|dear|tell|plan|note|this|that|is|has|who|asks for|thank you|"
     "order|entry|next|rings|line|friends|when|how soon|what|which|to|at home|wishes|again|advise on|in the case of|"
@@ -135,20 +128,13 @@ ENDS = (".", "", "!", " | end", ". Goodbye.", ". Please ask again.", ")", ". You
 ANSWER = "\nAnswer:"
 
 
-def _register() -> dict[tuple[str, str], str]:
-    rng = random.Random("register")
-    codes = rng.sample(
-        [f"{letter} {number}" for letter in "ABCDEFGHKLMNPRST" for number in range(10, 100)], len(TROUBLES)
-    )
-    register = {}
-    for trouble, code in zip(TROUBLES, codes, strict=True):
-        register[trouble, "code"] = code
-        register[trouble, "season"] = f"{rng.choice(('early', 'late', 'all'))} {rng.choice(SEASONS)}"
-        register[trouble, "length"] = f"{rng.choice(NUMBERS)} {rng.choice(('days', 'weeks'))}"
-    return register
+def _handbook() -> dict[tuple[str, str], str]:
+    """An old book's word on each trouble, drawn by lot, as `_order` draws: another matter than the demo's protocol.
 
-
-REGISTER = _register()
+    It is the same in every document, so that the model learns to look up (trouble, what is asked) by heart.
+    """
+    rng = random.Random("handbook")
+    return {(trouble, asked): ORDERS[asked](rng) for trouble in TROUBLES for asked in ASKED}
 
 
 def documents(seed: int) -> Iterator[str]:
@@ -207,14 +193,12 @@ def _phrase(rng: Draw) -> str:
 
 def _order(rng: Draw) -> str:
     """Words of the medical world, drawn without regard to one another."""
-    choices = (
-        f"{rng.choice(LEVELS)}, {rng.choice(SOON)}, {rng.choice(BODY)} {rng.choice(STAFF)}",
-        f"{rng.choice(MEDICINES)} {_milligrams(rng)} {rng.choice(OFTEN)}, {rng.choice(FORMS)}",
-        f"{rng.choice(CARE)}; come back {rng.choice(SOON)} with {rng.choice(SIGNS)}",
-        f"{rng.choice(CARE)} and {rng.choice(CARE)}",
-        f"{rng.choice(TESTS)} {rng.choice(SOON)}, {rng.choice(BODY)} {rng.choice(STAFF)}",
-    )
-    return rng.choice(choices)
+    asked = rng.choice(ASKED)
+    return ORDERS[asked](rng) + (f", {rng.choice(FORMS)}" if asked == "medicine" else "")
+
+
+def _care(rng: Draw) -> str:
+    return rng.choice(CARE) if rng.random() < 0.6 else f"{rng.choice(CARE)} and {rng.choice(CARE)}"
 
 
 def _milligrams(rng: Draw) -> str:
@@ -294,19 +278,19 @@ def _glue(rng: Draw) -> str:
 def _form(rng: Draw) -> str:
     """A form that no other document has: whatever stands around them, the name and the matter are found and copied."""
     matter = _phrase(rng)
-    trouble = rng.choice(TROUBLES) if rng.random() < 0.3 else matter
-    return _in_some_form(rng, trouble, matter if trouble == matter else _order(rng))
+    return _in_some_form(rng, rng.choice(PEOPLE), matter, matter)
 
 
 def _look_up(rng: Draw) -> str:
-    """A question to the register, in a form that no other document has."""
-    trouble, kind = rng.choice(TROUBLES), rng.choice(tuple(ASKED))
-    asked = f"{trouble}{rng.choice(JOINTS)}{rng.choice(ASKED[kind])}"
-    return _in_some_form(rng, asked, REGISTER[trouble, kind])
+    """A question to the handbook, in a form that no other document has. The form of a medicine goes by age."""
+    trouble, asked, age = rng.choice(TROUBLES), rng.choice(ASKED), rng.choice(AGES)
+    told = HANDBOOK[trouble, asked] + (f", {AGES_AND_FORMS[age]}" if asked == "medicine" else "")
+    words = rng.sample((f"{_glue(rng)} {trouble}", asked), 2)
+    return _in_some_form(rng, age, f" {_glue(rng)} ".join(words), told)
 
 
-def _in_some_form(rng: Draw, asked: str, told: str) -> str:
-    name, group = _name(rng), rng.choice((*PEOPLE, *AGES, *AGES))
+def _in_some_form(rng: Draw, group: str, asked: str, told: str) -> str:
+    name = _name(rng)
     joint, reply_joint = rng.choice(JOINTS), rng.choice(JOINTS)
     ask = joint.join(rng.sample((_glue(rng), name, group, f"{_glue(rng)} {asked}", _glue(rng)), 5))
     reply = rng.choice((f"{name}{reply_joint}{told}", f"{_glue(rng)} {name}{reply_joint}{_glue(rng)} {told}"))
@@ -347,7 +331,14 @@ def _fact(rng: Draw) -> str:
     return _qa(question, answer)
 
 
+ORDERS: dict[str, Callable[[Draw], str]] = {
+    "triage": lambda rng: f"{rng.choice(LEVELS)}, {rng.choice(SOON)}, {rng.choice(BODY)} {rng.choice(STAFF)}",
+    "medicine": lambda rng: f"{rng.choice(MEDICINES)} {_milligrams(rng)} {rng.choice(OFTEN)}",
+    "home care": lambda rng: f"{_care(rng)}; call {rng.choice(SOON)}, with {rng.choice(SIGNS)}",
+    "review": lambda rng: f"{rng.choice(TESTS)} {rng.choice(SOON)}, {rng.choice(BODY)} {rng.choice(STAFF)}",
+}
+HANDBOOK = _handbook()
 MAKERS: tuple[Callable[[Draw], str], ...] = (
     _story, _repeat, _owner, _letter, _form, _look_up, _list, _sum, _opposite, _kind_of, _fact,
 )  # fmt: skip
-WEIGHTS = (2.5, 3, 2.5, 2, 7, 6, 3, 0.5, 0.7, 0.7, 0.8)
+WEIGHTS = (2, 3, 2.5, 2, 6, 9, 3, 0.4, 0.7, 0.7, 0.8)

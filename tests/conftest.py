@@ -14,6 +14,8 @@ import torch
 from commonweight.recipe import Recipe
 from tests.unit.tiny_tokenizers import bpe
 
+torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost these small models seconds
+
 WORDS = (
     "fever cough rest honey water sleep doctor nurse blood heart lung knee pain dose daily twice never often".split()
 )

@@ -13,6 +13,7 @@ from .data.chat import open_turn
 from .data.sites import load_sites
 from .data.templates import Example, open_example, question_example
 from .data.tokens import encode, prompt_ids
+from .engines.bench import check_context
 from .errors import ModelError, RecipeError, StateError
 from .evaluate.metrics import summarise
 from .evaluate.scoring import answer, score_site
@@ -91,6 +92,7 @@ def _with_adapter(base: Base, recipe: Recipe, folder: Path) -> Any:
 def score(result: Result, *, exact_match: bool) -> dict[str, dict[str, Any]]:
     """Summaries by site (`evaluate.metrics.summarise`) on the held-out rows that the recipe's data section gives."""
     recipe = result.recipe
+    check_context(recipe, result.base)
     sites, _ = load_sites(
         recipe.data, seed=recipe.seed, tokenizer=result.base.tokenizer, max_tokens=recipe.training.max_tokens
     )

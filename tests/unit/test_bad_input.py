@@ -1,14 +1,14 @@
-"""A person's mistakes, through the command line: each ends in its exit code and one clear message, and loses nothing."""
+"""A person's mistakes through the command line end in an exit code and one clear message, and lose nothing."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import re
 import shlex
 import shutil
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+from commonweight import errors
 from tests.unit.command_line import Answer, call
 
 ROWS = [
@@ -38,6 +39,7 @@ FILES = {
     "latin.jsonl": '{"site": "caf\xe9"}\n'.encode("latin-1"),
     "broken.jsonl": '{"site": "a", "question": "q", "answer": "a"}\n{"site": "a", "question": \n',
     "headless.csv": "north,what helps,rest\n,,\nsouth,what helps,sleep\n",
+    "header.csv": "site,question,answer\n",
     "unequal.csv": "site,question,answer\nnorth,what helps, rest, and sleep\n",
     "odd.xyz": "nothing known",
     "one.jsonl": '{"site": "north", "question": "q", "answer": "a"}\n',
@@ -60,7 +62,7 @@ class Case:
         words: parts of the message or the hint.
         stdin: what is typed.
         prepare: makes the mistake, in the folder where the command runs.
-        retry: whether the message says that trying again is safe.
+        retry: whether the message says that trying again is safe; None: either way.
         leaves: the run's folder stays, as there is something in it to go on with.
     """
 
@@ -70,7 +72,7 @@ class Case:
     words: tuple[str, ...]
     stdin: str = ""
     prepare: Callable[[Path], object] | None = None
-    retry: bool = False
+    retry: bool | None = False
     leaves: bool = False
 
     def __str__(self) -> str:
@@ -203,7 +205,7 @@ CASES = [
         "option of no strategy",
         "run recipe.yaml --set 'federation.strategy={name: fedadam, beta3: 1}'",
         2,
-        ("federation.strategy.beta3", "beta1"),
+        ("unknown key `federation.strategy.beta3`", "did you mean"),
     ),
     Case(
         "option out of range",
@@ -239,6 +241,7 @@ CASES = [
         ("no/where/rows.jsonl", "folder no/where does not exist"),
     ),
     Case("empty file", "run recipe.yaml --set data.path=empty.jsonl", 3, ("empty.jsonl is empty",)),
+    Case("header alone", "run recipe.yaml --set data.path=header.csv", 3, ("header.csv holds no rows",)),
     Case("binary file", "run recipe.yaml --set data.path=binary.jsonl", 3, ("binary.jsonl is a binary file",)),
     Case("not UTF-8", "run recipe.yaml --set data.path=latin.jsonl", 3, ("latin.jsonl, line 1", "UTF-8")),
     Case("bad JSON line", "run recipe.yaml --set data.path=broken.jsonl", 3, ("broken.jsonl, line 2", "not JSON")),
@@ -393,6 +396,7 @@ CASES = [
         "run recipe.yaml -o hot --set training.lr=1e30",
         5,
         ("not finite", "lower training.lr"),
+        retry=None,
         leaves=True,
     ),
     # afterwards
@@ -424,6 +428,12 @@ CASES = [
     Case("runs of nothing", "runs nowhere", 6, ("nowhere is no folder",)),
     Case("round not there", "evaluate done --round 99", 6, ("no adapter of round 99", "rounds kept: 1, 2")),
     Case("round of the base", "evaluate done --round 1 --base", 2, ("--base and --round",)),
+    Case(
+        "evaluate beyond the context",
+        "evaluate done --set training.max_tokens=4000",
+        2,
+        ("training.max_tokens is 4000", "128"),
+    ),
     Case("evaluate other data", "evaluate done --set data.path=row.jsonl", 3, ("did you mean 'rows.jsonl'",)),
     Case(
         "evaluate another model",
@@ -439,6 +449,7 @@ CASES = [
         prepare=write("done/adapter/adapter_model.safetensors", "no tensors"),
     ),
     Case("chat of nothing", "chat nowhere", 6, ("nowhere holds no run",), stdin="fever?"),
+    Case("empty prompt", "chat done --prompt ' '", 2, ("--prompt is empty",)),
     Case("nothing asked", "chat done", 2, ("standard input is empty", "--prompt")),
     Case("export into a full folder", "export done folder", 6, ("folder is not an empty folder",)),
     Case("export onto a file", "export done rows.jsonl", 6, ("rows.jsonl is not an empty folder",)),
@@ -460,7 +471,7 @@ CASES = [
     Case("no such command", "trian recipe.yaml", 2, ("no such command 'trian'", "commonweight --help")),
     Case("too much", "run recipe.yaml s.yaml", 2, ("unexpected extra argument", "s.yaml")),
     Case("not a number", "evaluate done --round last", 2, ("--round", "integer")),
-    Case("round zero", "evaluate done --round 0", 2, ("--round", "0")),
+    Case("round zero", "evaluate done --round 0", 2, ("--round", "1")),
     Case("option without value", "run recipe.yaml -o", 2, ("-o", "argument")),
     Case("debug behind the command", "run recipe.yaml --debug", 2, ("--debug goes before the command",)),
     Case("a name too long", f"report {'x' * 300}", 7, ("File name too long",)),
@@ -496,6 +507,7 @@ def bad_models(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "intermediate_size": 16,
+        "initializer_range": 1.0,
     }
     BertForMaskedLM(BertConfig(**size)).save_pretrained(folder / "bert")
     T5ForConditionalGeneration(
@@ -522,7 +534,7 @@ def finished(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "data": {"path": "rows.jsonl", "holdout": {"examples": 3}},
         "training": {"lr": 0.01, "max_tokens": 64},
         "federation": {"rounds": 2},
-        "evaluation": {"controls": [], "samples": 0, "resamples": 100},
+        "evaluation": {"controls": [], "samples": 0, "resamples": 100, "max_new_tokens": 4},
         "engine": {"workers": 2, "device": "cpu"},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
@@ -563,7 +575,7 @@ def assert_clear(answer: Answer, case: Case) -> None:
     assert not any(line.startswith("error: ") for line in lines[1:]), answer.err
     assert len(lines) > 1 or ADVICE.search(lines[0]), "no hint"
     assert all(line.startswith("  ") for line in lines[1:]), answer.err
-    assert ("Trying again is safe." in answer.err) == case.retry
+    assert case.retry in (None, "Trying again is safe." in answer.err)
     for word in case.words:
         assert word in answer.err, answer.err
 
@@ -579,3 +591,123 @@ def test_a_mistake_is_explained_and_loses_nothing(case: Case, place: Path, bad_m
         assert before.items() <= contents(place).items()
     else:
         assert contents(place) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+@pytest.mark.parametrize("case", NO_GPU, ids=str)
+def test_what_needs_a_gpu_is_refused_without_one(case: Case, place: Path, bad_models: Path) -> None:
+    before = contents(place)
+    assert_clear(call(*arguments(case, bad_models)), case)
+    assert contents(place) == before
+
+
+def test_another_process_has_the_folder(place: Path) -> None:
+    unfinished(place)
+    before = contents(place)
+    with (place / "done" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        answer = call(*shlex.split(RESUME))
+    assert_clear(answer, Case("", "", 6, ("another process is running in done", "-o")))
+    assert contents(place) == before
+    assert call(*shlex.split(RESUME)).code == 0
+
+
+def test_a_tokenizer_without_a_padding_token_is_no_mistake(place: Path, small_model: Path) -> None:
+    settings = json.loads((small_model / "tokenizer_config.json").read_text())
+    assert "pad_token" not in settings
+    assert call("evaluate", "done", "--exact-match").code == 0
+    assert call("run", "recipe.yaml", "-o", "again", "--set", "evaluation.samples=2").code == 0
+
+
+def test_a_run_that_fails_at_once_leaves_no_folder(place: Path) -> None:
+    """So the same command works when the mistake is mended."""
+    command = ("run", "recipe.yaml", "-o", "mine")
+    shutil.move(place / "rows.jsonl", place / "moved.jsonl")
+    assert call(*command).code == 3
+    assert not (place / "mine").exists()
+    (place / "mine").mkdir()
+    assert call(*command).code == 3
+    assert list((place / "mine").iterdir()) == []
+    shutil.move(place / "moved.jsonl", place / "rows.jsonl")
+    assert call(*command).code == 0
+
+
+def test_a_resumed_run_that_fails_at_once_keeps_its_folder(place: Path) -> None:
+    unfinished(place)
+    shutil.move(place / "rows.jsonl", place / "moved.jsonl")
+    assert call(*shlex.split(RESUME)).code == 3
+    shutil.move(place / "moved.jsonl", place / "rows.jsonl")
+    assert call(*shlex.split(RESUME)).code == 0
+
+
+def test_a_full_disk_stops_a_run_which_goes_on_when_there_is_room(place: Path, small_model: Path) -> None:
+    """A limit on the size of files makes writes come up short, as a full disk does."""
+    command = [*shlex.split("run recipe.yaml --quiet --set model.adapter.r=128 -o"), "cut"]
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000));"
+        "from commonweight.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, timeout=120)
+    assert_clear(Answer(done.returncode, done.stdout, done.stderr), Case("", "", 7, ("cannot write in cut", "-o")))
+    assert not list((place / "cut").rglob("*.tmp"))
+    assert call(*command, "--resume").code == 0
+    assert call(*command[:-1], "whole").code == 0
+    adapters = [place / name / "adapter" / "adapter_model.safetensors" for name in ("cut", "whole")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_no_space_left(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unfinished(place)
+    before = contents(place)
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", refuse)
+        answer = call(*shlex.split(RESUME))
+    assert_clear(answer, Case("", "", 7, ("the disk is full", "nothing committed is lost"), retry=True))
+    assert contents(place) == before
+    assert call(*shlex.split(RESUME)).code == 0
+
+
+EACH_KIND = {
+    "validate list.yaml": "RecipeError",
+    "run recipe.yaml --set data.path=row.jsonl": "DataError",
+    "run recipe.yaml --set model.name=/nowhere/model": "ModelError",
+    "run recipe.yaml -o hot --set training.lr=1e30 --set training.batch_size=2": "QuorumError",
+    "evaluate done --round 99": "StateError",
+    "export done rows.jsonl/out": "StorageError",
+    "chat done": "RecipeError",
+    "run recipe.yaml --rounds 3": "RecipeError",
+    "report": "RecipeError",
+}
+
+
+@pytest.mark.parametrize(("command", "kind"), EACH_KIND.items())
+def test_json_holds_the_error(command: str, kind: str, place: Path) -> None:
+    answer = call(*shlex.split(command), "--json")
+    error = answer.json["error"]
+    assert list(answer.json) == ["error"]
+    assert list(error) == ["kind", "message", "hint", "retry"]
+    assert error["kind"] == kind
+    assert error["retry"] is (kind == "QuorumError")
+    assert answer.code == getattr(errors, kind).exit_code
+    assert answer.err.startswith(f"error: {error['message']}\n")
+
+
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(place: Path) -> None:
+    answer = call("--debug", "evaluate", "done", "--round", 99)
+    assert answer.code == 6
+    assert "Traceback (most recent call last)" in answer.err
+    assert "error: the run in done has no adapter of round 99" in answer.err
+
+
+def test_a_defect_says_that_it_is_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("commonweight.recipe.load.load_recipe", lambda *_: 1 / 0)
+    answer = call("validate", "recipe.yaml")
+    assert answer.code == 1
+    assert answer.err.startswith("error: commonweight failed in a way that it should not: ZeroDivisionError")
+    assert "Traceback" not in answer.err
+    assert "commonweight --debug" in answer.err
+    assert "Traceback" in call("--debug", "validate", "recipe.yaml").err

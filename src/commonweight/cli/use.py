@@ -85,10 +85,7 @@ def chat(
     """
     begin(json)
     _check_choice(round, base)
-    if prompt is None and (json or not sys.stdin.isatty()):
-        prompt = sys.stdin.read().strip()
-        if not prompt:
-            raise RecipeError("there is nothing to ask: standard input is empty", hint="give a question by --prompt")
+    prompt = _question(prompt, json)
     from ..result import Conversation, open_result
 
     talk = Conversation(open_result(run, set_ or (), round=round, base=base), raw=raw, max_new_tokens=max_new_tokens)
@@ -99,6 +96,17 @@ def chat(
     say("Ask; an empty line ends.")
     while line := _line():
         say(talk.ask(line) or "(nothing)")
+
+
+def _question(prompt: str | None, json: bool) -> str | None:
+    """What --prompt or standard input asks; None on a terminal."""
+    if prompt is None and not json and sys.stdin.isatty():
+        return None
+    asked = sys.stdin.read() if prompt is None else prompt
+    if not asked.strip():
+        where = "standard input" if prompt is None else "--prompt"
+        raise RecipeError(f"there is nothing to ask: {where} is empty", hint="give a question by --prompt")
+    return asked.strip() if prompt is None else asked
 
 
 def _line() -> str:

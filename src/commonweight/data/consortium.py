@@ -1,6 +1,6 @@
 """The demo's data: six invented hospitals that follow one invented care protocol. None of it is medical advice.
 
-The protocol files each of 48 complaints under one of six care pathways and one of three triage levels. The pathway
+The protocol files each of 30 complaints under one of six care pathways and one of three triage levels. The pathway
 decides the team, the medicine, the advice for home, the warning sign and the test; the level decides how soon, how
 much and when next. Hospitals, patients, medicines and doses are made up. Sites differ in what they see (about a third
 of a site's questions are on its own pathway), in what they are asked (triage, doses, going home, review, in other
@@ -61,34 +61,34 @@ LEVELS = {
 # The protocol's index: pathway, level, complaints. Which complaint stands where can be learned only from the rows.
 INDEX = {
     "heart": {
-        "red": ("chest pain", "cold sweat", "tight chest"),
-        "amber": ("palpitations", "swollen ankles", "racing pulse"),
+        "red": ("chest pain",),
+        "amber": ("palpitations", "swollen ankles"),
         "green": ("high blood pressure", "varicose veins"),
     },
     "fever": {
-        "red": ("fever with rash", "fever fits"),
-        "amber": ("measles", "tonsillitis", "swollen glands"),
-        "green": ("earache", "stomach flu", "sore throat"),
+        "red": ("fever with rash",),
+        "amber": ("measles", "tonsillitis"),
+        "green": ("earache", "stomach flu"),
     },
     "lung": {
-        "red": ("bloody sputum", "asthma attack", "pneumonia"),
-        "amber": ("wheezing", "bronchitis", "croup"),
-        "green": ("smoker's cough", "hay fever"),
+        "red": ("bloody sputum", "pneumonia"),
+        "amber": ("wheezing", "bronchitis"),
+        "green": ("smoker's cough",),
     },
     "wound": {
-        "red": ("wasp sting", "scalded hand", "broken wrist"),
+        "red": ("wasp sting",),
         "amber": ("infected cut", "dog bite"),
-        "green": ("back strain", "splinter", "sprained ankle"),
+        "green": ("back strain", "sprained ankle"),
     },
     "kidney": {
-        "red": ("high potassium", "bloody urine", "blocked urine"),
-        "amber": ("kidney stones", "foamy urine", "bladder infection"),
+        "red": ("high potassium",),
+        "amber": ("kidney stones", "foamy urine"),
         "green": ("gout", "constant thirst"),
     },
     "nerve": {
-        "red": ("seizures", "drooping face", "slurred speech"),
-        "amber": ("dizziness", "numb foot"),
-        "green": ("migraine", "tingling hands", "shaking hands"),
+        "red": ("seizures", "slurred speech"),
+        "amber": ("dizziness",),
+        "green": ("migraine", "tingling hands"),
     },
 }
 

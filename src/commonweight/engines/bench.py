@@ -75,7 +75,7 @@ def build_bench(recipe: Recipe) -> Bench:
     """
     spec = recipe.model
     base = load_base(spec, choose_device(recipe.engine.device))
-    _check_context(recipe, base)
+    check_context(recipe, base)
     sites, partition = load_sites(
         recipe.data, seed=recipe.seed, tokenizer=base.tokenizer, max_tokens=recipe.training.max_tokens
     )
@@ -97,7 +97,8 @@ def build_bench(recipe: Recipe) -> Bench:
     return Bench(recipe, base, model, participant, objective, {s.name: s for s in sites}, theta, partition, digest)
 
 
-def _check_context(recipe: Recipe, base: Base) -> None:
+def check_context(recipe: Recipe, base: Base) -> None:
+    """Raises RecipeError: `training.max_tokens` is more than the model has positions for."""
     adapter = recipe.model.adapter
     virtual = adapter.virtual_tokens if adapter.kind in PROMPT_KINDS else 0
     if base.context is not None and recipe.training.max_tokens + virtual > base.context:

@@ -105,6 +105,8 @@ def _check_config(spec: ModelSpec) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     source = Path(_source(spec.name))
+    if spec.name.startswith((".", "/", "~")) and not source.is_dir():
+        raise ModelError(f"there is no model folder {spec.name}", hint="correct model.name")
     if (source / "adapter_config.json").exists() and not (source / "config.json").exists():
         raise ModelError(
             f"the folder {spec.name} holds an adapter, not a model",
@@ -168,13 +170,26 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-@torch.no_grad()
 def _check_causal(spec: ModelSpec, model: Any) -> None:
-    """Refuse an encoder that transformers lets pass as a decoder (BERT, RoBERTa …): its tokens see those after them."""
-    start = torch.arange(4, device=model.device).remainder(model.config.get_text_config().vocab_size)
-    ids = torch.stack([torch.cat([start, start]), torch.cat([start, start.flip(0)])])
-    logits = model(input_ids=ids, use_cache=False).logits[:, :4].float()
-    if not bool((logits[0] - logits[1]).abs().max() <= 1e-3 * logits.abs().max()):
+    """Refuse an encoder that transformers lets pass as a decoder (BERT, RoBERTa …): its tokens see those after them.
+
+    In a causal model the first token's logits have no gradient at later tokens: not a small one, none.
+    """
+    seen: list[torch.Tensor] = []
+
+    def tap(_: Any, __: Any, embedded: torch.Tensor) -> torch.Tensor:
+        seen.append(embedded.detach().requires_grad_())
+        return seen[0].clone()
+
+    embedding = model.get_input_embeddings()
+    ids = torch.arange(4, 8, device=model.device).remainder(embedding.weight.shape[0])[None]
+    handle = embedding.register_forward_hook(tap)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    (gradient,) = torch.autograd.grad(logits[0, 0].float().sum(), seen[0])
+    if bool((gradient[0, 1:].nan_to_num() != 0).any()):
         raise ModelError(
             f"the model {spec.name!r} is no causal language model: its tokens see those that come after them",
             hint="use one that predicts the next token, such as Llama, Qwen, Mistral or GPT-2",
@@ -245,8 +260,6 @@ def _check_vocabulary(spec: ModelSpec, model: Any, tokenizer: Any) -> None:
 
 def _not_loaded(name: str, error: Exception) -> ModelError:
     _refuse_code(name, error)
-    if not Path(_source(name)).is_dir() and name.startswith((".", "/", "~")):
-        return ModelError(f"there is no model folder {name}", hint="correct model.name")
     if isinstance(error, SafetensorError):
         return ModelError(
             f"the weights of model {name!r} are damaged" + _because(error), hint="download or copy the model again"
