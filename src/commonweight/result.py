@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from .data.chat import open_turn
 from .data.sites import load_sites
@@ -19,7 +20,7 @@ from .evaluate.metrics import summarise
 from .evaluate.scoring import answer, score_site
 from .federation.events import last_event
 from .federation.folder import storage_errors
-from .model.base import Base, choose_device, load_base, load_weights
+from .model.base import Base, because, choose_device, load_base, load_weights
 from .recipe.load import load_recipe
 from .recipe.schema import Recipe
 from .train.loss import LanguageModel, autocast_dtype
@@ -78,15 +79,28 @@ def _with_adapter(base: Base, recipe: Recipe, folder: Path) -> Any:
     try:
         if recipe.model.adapter.kind == "full":
             return load_weights(recipe.model, str(folder), dtype=base.model.dtype).to(base.device)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would leave them untrained
-            return PeftModel.from_pretrained(base.model, str(folder))
+        model = PeftModel.from_pretrained(base.model, str(folder))
+        _check_names(model, folder)
+        return model
     except Exception as error:  # peft and transformers raise many kinds for damaged or foreign files
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"the adapter in {folder} does not fit model {recipe.model.name!r}: {line}",
+            f"the adapter in {folder} does not fit model {recipe.model.name!r}" + because(error),
             hint="was the run moved to another base model, or the folder changed?",
         ) from error
+
+
+def _check_names(model: Any, folder: Path) -> None:
+    """The adapter's file holds the model's adapter tensors, no more and no fewer: peft passes over what does not fit.
+
+    Raises:
+        ValueError: it does not.
+    """
+    from peft import get_peft_model_state_dict
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        strange = set(file.keys()) ^ set(get_peft_model_state_dict(model))
+    if strange:
+        raise ValueError(f"{min(strange)} is in only one of them")
 
 
 def score(result: Result, *, exact_match: bool) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,8 @@ import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 from unittest.mock import patch
 
 from commonweight.cli.main import main
@@ -32,13 +33,23 @@ def _refused(name: str) -> None:
 
 
 def call(*arguments: object, stdin: str = "") -> Answer:
-    """`commonweight ARGUMENTS`, with pipes, not a terminal, at its ends."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    argv = ["commonweight", *map(str, arguments)]
-    with patch.object(sys, "argv", argv), patch.object(sys, "stdin", io.StringIO(stdin)):
+    """`commonweight ARGUMENTS`, with files, not a terminal, at its ends: workers write into them too."""
+    code, argv = 0, ["commonweight", *map(str, arguments)]
+    with (
+        TemporaryFile("w+", encoding="utf-8") as out,
+        TemporaryFile("w+", encoding="utf-8") as err,
+        patch.object(sys, "argv", argv),
+        patch.object(sys, "stdin", io.StringIO(stdin)),
+    ):
         with redirect_stdout(out), redirect_stderr(err):
             try:
                 main()
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    return Answer(code, out.getvalue(), err.getvalue())
+        return Answer(code, _all(out), _all(err))
+
+
+def _all(file: IO[str]) -> str:
+    file.flush()
+    file.seek(0)
+    return file.read()

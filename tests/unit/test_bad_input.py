@@ -7,11 +7,11 @@ import fcntl
 import hashlib
 import json
 import re
+import resource
 import shlex
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -356,7 +356,7 @@ CASES = [
     Case("output below a file", "run recipe.yaml -o rows.jsonl/run", 7, ("rows.jsonl/run", "-o")),
     Case("output is a file", "run recipe.yaml -o rows.jsonl", 7, ("rows.jsonl", "-o")),
     # going on
-    Case("resume nothing", "run recipe.yaml --resume", 2, ("no run called bad is in runs/", "-o")),
+    Case("resume nothing", "run recipe.yaml --resume", 6, ("no run called bad is in runs/", "-o")),
     Case("resume an empty place", "run recipe.yaml -o nowhere --resume", 6, ("no run to resume in nowhere",)),
     Case("resume what has ended", RESUME, 6, ("the run in done has ended", "commonweight report done")),
     Case(
@@ -640,15 +640,23 @@ def test_a_resumed_run_that_fails_at_once_keeps_its_folder(place: Path) -> None:
     assert call(*shlex.split(RESUME)).code == 0
 
 
-def test_a_full_disk_stops_a_run_which_goes_on_when_there_is_room(place: Path, small_model: Path) -> None:
-    """A limit on the size of files makes writes come up short, as a full disk does."""
+@contextmanager
+def short_files() -> Iterator[None]:
+    """No file may grow beyond 150 kB: writes come up short, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_comes_up_short(place: Path) -> None:
+    """The run stops with what it had; with room again it goes on to the same adapter."""
     command = [*shlex.split("run recipe.yaml --quiet --set model.adapter.r=128 -o"), "cut"]
-    program = (
-        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000));"
-        "from commonweight.cli.main import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, timeout=120)
-    assert_clear(Answer(done.returncode, done.stdout, done.stderr), Case("", "", 7, ("cannot write in cut", "-o")))
+    with short_files():
+        answer = call(*command)
+    assert_clear(answer, Case("", "", 7, ("cannot write in cut", "-o")))
     assert not list((place / "cut").rglob("*.tmp"))
     assert call(*command, "--resume").code == 0
     assert call(*command[:-1], "whole").code == 0
@@ -669,6 +677,22 @@ def test_no_space_left(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_clear(answer, Case("", "", 7, ("the disk is full", "nothing committed is lost"), retry=True))
     assert contents(place) == before
     assert call(*shlex.split(RESUME)).code == 0
+
+
+def test_an_export_that_fails_half_way_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_up(source: Path, output: Path, **_: object) -> None:
+        output.mkdir()
+        (output / "adapter_config.json").write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = contents(place)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copytree", fill_up)
+        answer = call("export", "done", "out")
+    assert_clear(answer, Case("", "", 7, ("cannot write in out", "the disk is full"), retry=True))
+    assert contents(place) == before
+    assert not (place / "out").exists()
+    assert call("export", "done", "out").code == 0
 
 
 EACH_KIND = {

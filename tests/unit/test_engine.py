@@ -61,9 +61,12 @@ def no_children_are_left() -> bool:
 
 
 @pytest.fixture
-def undisturbed(make_recipe: MakeRecipe, tmp_path: Path) -> str:
-    """The digest of two plain rounds of FedAvg."""
-    return digest(run(make_recipe(training=SHORT), tmp_path / "undisturbed"))
+def undisturbed(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of two plain rounds of FedAvg, run once."""
+    folder = tmp_path_factory.getbasetemp() / "undisturbed"
+    if not folder.exists():
+        run(make_recipe(training=SHORT), folder)
+    return digest(json.loads((folder / "metrics.json").read_text()))
 
 
 # --- the same bits ------------------------------------------------------------------------------------------------
@@ -193,6 +196,21 @@ def test_a_shift_that_is_left_early_does_not_disturb_the_next(make_recipe: MakeR
         assert deltas(engine.run(tasks)) == expected
 
 
+def test_short_tasks_go_out_several_at_once_but_never_all_to_one_worker_nor_with_long_ones(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    with engine_over(make_recipe(training=SHORT), tmp_path) as (engine, _):
+        one, other = engine.workers
+        one.task_s = {EvaluateTask: 0.0}
+        assert len(inprocess.Shift(engine, train_tasks(9), None)._choose(one)) == 1  # nothing is known of training
+        one.task_s = other.task_s = {TrainTask: 0.0}
+        shift = inprocess.Shift(engine, [*train_tasks(7), EvaluateTask(("west",))], None)
+        assert [index for index, _ in shift._choose(one)] == [0, 1, 2, 3]
+        assert [index for index, _ in shift._choose(other)] == [4, 5]
+        assert len(inprocess.Shift(engine, train_tasks(99), None)._choose(one)) == 8
+        assert len(inprocess.Shift(engine, train_tasks(99), 10.0)._choose(one)) == 1
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_shared_memory_is_no_file_of_bounded_size(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Containers often have 64 MB of /dev/shm; whatever is mapped from there fails when it is used up."""
@@ -219,8 +237,9 @@ def test_a_worker_that_dies_in_the_middle_is_replaced_and_nothing_changes(
 
 @pytest.mark.parametrize("retries", [0, 2])
 def test_a_site_that_kills_every_worker_is_given_up_after_its_retries(
-    make_recipe: MakeRecipe, tmp_path: Path, retries: int
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retries: int
 ) -> None:
+    monkeypatch.setattr(inprocess, "_TASKS_AT_ONCE", 1)  # so that there is no doubt which of several tasks it was
     recipe = make_recipe(training=wayward(tmp_path, "killed", at="north"), federation={"rounds": 1, "retries": retries})
     (round,) = run(recipe, tmp_path / "run")["rounds"]
     assert round["answered"] == ["south", "west"]
@@ -331,6 +350,10 @@ def test_a_round_in_which_every_site_fails_is_abandoned_with_their_reasons(
     assert no_children_are_left()
 
 
+def outcomes_by_kind(outcomes: Sequence[Outcome]) -> list[str]:
+    return ["late" if isinstance(o, Dropped) and o.late else type(o).__name__ for o in outcomes]
+
+
 # --- the deadline -------------------------------------------------------------------------------------------------
 
 
@@ -383,16 +406,24 @@ def test_a_site_that_is_slow_beyond_the_deadline_is_late_and_the_round_goes_on(
     assert no_children_are_left()
 
 
+def test_a_slow_site_makes_no_other_late_though_tasks_were_short_before(
+    make_recipe: MakeRecipe, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jumps_after(clock, 5, monkeypatch)
+    monkeypatch.setattr(inprocess, "_SHORT_TASK_S", 1e9)
+    tasks = [TrainTask(1, site, 0.1, 1) for site in ("north", "south", "west", "south", "west", "south")]
+    with engine_over(make_recipe(training=wayward(tmp_path, "slow", at="north")), tmp_path) as (engine, _):
+        list(engine.run([EvaluateTask((site,)) for site in ("north", "south", "west", "north")]))
+        outcomes = list(engine.run(tasks, deadline_s=10_000))
+    assert outcomes_by_kind(outcomes) == ["late"] + ["Completed"] * 5
+
+
 def test_too_many_late_sites_end_the_run(
     make_recipe: MakeRecipe, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jumps_after(clock, 1, monkeypatch)
     recipe = make_recipe(
-        training=wayward(tmp_path, "slow", at="north"),
-        federation={"deadline_s": 10_000, "quorum": 1.0},
-        engine={"workers": 1},
+        training=wayward(tmp_path, "slow", at="north"), federation={"deadline_s": 10_000, "quorum": 1.0}
     )
-    clock.ahead = 0.0
     monkeypatch.setattr(inprocess.Shift, "_send_out", jumping(inprocess.Shift._send_out, clock))
     with pytest.raises(QuorumError, match="0 of 3 sites answered, 3 are needed") as caught:
         run(recipe, tmp_path / "run")
@@ -409,10 +440,6 @@ def jumping(send_out: Callable[[Any], None], clock: Clock) -> Callable[[Any], No
             clock.ahead += 1e6
 
     return call
-
-
-def outcomes_by_kind(outcomes: Sequence[Outcome]) -> list[str]:
-    return ["late" if isinstance(o, Dropped) and o.late else type(o).__name__ for o in outcomes]
 
 
 def test_only_training_is_late_what_else_was_asked_for_is_waited_for(

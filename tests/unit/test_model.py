@@ -1,4 +1,4 @@
-"""Base models and adapters: every kind trains, is saved and is opened again by others; what cannot be used is refused."""
+"""Base models and adapters: every kind trains, is saved and opened again; what cannot be used is refused."""
 
 from __future__ import annotations
 
@@ -115,6 +115,16 @@ def test_lora_goes_onto_every_architecture(name: str) -> None:
     before = logits_of(model)
     train_one_step(model)
     assert not torch.allclose(logits_of(model), before, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "scale", "decomposed"), [("lora", 2, 0), ("rslora", 8 / 2, 0), ("dora", 2, 14)])
+def test_lora_dora_and_rslora_are_what_they_say(kind: str, scale: float, decomposed: int) -> None:
+    model = attach_adapter(base_of(tiny()), spec_of(kind, r=4, alpha=8, dropout=0.25), seed=1)
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    assert layer.scaling["default"] == scale
+    assert layer.lora_dropout["default"].p == 0.25
+    assert layer.lora_A["default"].weight.shape == (4, 32)
+    assert sum("magnitude" in name for name, _ in model.named_parameters()) == decomposed
 
 
 @pytest.mark.parametrize("kind", KINDS)

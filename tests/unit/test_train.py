@@ -299,7 +299,7 @@ def test_a_pass_takes_each_example_once_and_passes_are_shuffled_anew() -> None:
     tokens = examples(*[(1, 1)] * 10)
     done = passed(tokens, 6, 4)
     assert [len(batch) for batch in done] == [4, 4, 2, 4, 4, 2]
-    first, second = sum(done[:3], []), sum(done[3:], [])
+    first, second = [e for b in done[:3] for e in b], [e for b in done[3:] for e in b]
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
 
@@ -307,7 +307,7 @@ def test_a_pass_takes_each_example_once_and_passes_are_shuffled_anew() -> None:
 def test_steps_go_on_through_as_many_passes_as_they_need() -> None:
     done = passed(examples(*[(1, 1)] * 3), 11, 2)
     assert len(done) == 11
-    assert sorted(sum(done[:10], [])) == sorted(list(range(3)) * 5)
+    assert sorted(e for batch in done[:10] for e in batch) == sorted(list(range(3)) * 5)
 
 
 def test_the_order_depends_on_the_seed_only() -> None:
@@ -602,7 +602,6 @@ def test_after_one_step_the_control_is_the_gradient_itself() -> None:
 def test_the_servers_control_stays_the_mean_of_the_sites_though_some_are_absent() -> None:
     sites, lr, steps = ("a", "b", "c"), 0.1, 3
     who = toy()
-    layout = who.trainables.values.layout
     server = ScaffoldServer(num_sites=len(sites))
     state = server.init(who.trainables.values.clone())
     own: dict[str, dict[str, NamedTensors]] = {site: {} for site in sites}

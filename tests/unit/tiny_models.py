@@ -86,8 +86,5 @@ def examples(*shapes: tuple[int, int], seed: int = 0) -> Tokens:
     """Random examples, each of (prompt tokens, label tokens)."""
     draw = np.random.default_rng(seed)
     return Tokens.of(
-        [
-            (draw.integers(2, VOCABULARY, p + a).astype(np.int32), np.arange(p + a) >= max(1, p))
-            for p, a in shapes
-        ]
+        [(draw.integers(2, VOCABULARY, p + a).astype(np.int32), np.arange(p + a) >= max(1, p)) for p, a in shapes]
     )

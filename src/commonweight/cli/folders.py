@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, StateError
+from ..errors import StateError
 from .terminal import Interrupted
 
 
@@ -21,7 +21,7 @@ def choose_output(output: Path | None, name: str, *, resume: bool) -> Path:
     To resume, the latest of these that has not ended; the latest at all if all have.
 
     Raises:
-        RecipeError: there is none to resume.
+        StateError: there is none to resume.
     """
     if output is not None:
         return output
@@ -30,7 +30,7 @@ def choose_output(output: Path | None, name: str, *, resume: bool) -> Path:
         return next(path for path in candidates if not path.exists())
     begun = [path for path in _numbered(name) if (path / "state.sqlite").exists()]
     if not begun:
-        raise RecipeError(f"no run called {name} is in runs/", hint="name its folder by -o")
+        raise StateError(f"no run called {name} is in runs/", hint="name its folder by -o")
     return next((path for path in reversed(begun) if not (path / "metrics.json").exists()), begun[-1])
 
 
@@ -56,7 +56,7 @@ def read_run(run: Path, *, finished: bool = True) -> dict[str, Any]:
         )
     if not (run / "metrics.json").exists():
         if finished:
-            raise StateError(f"the run in {run} has not ended", hint=f"go on with it: {resume_command(run)}")
+            raise StateError(f"the run in {run} has not ended", hint=f"go on with it:\n{resume_command(run)}")
         return {}
     from ..evaluate.report import read_metrics
 
@@ -64,8 +64,8 @@ def read_run(run: Path, *, finished: bool = True) -> dict[str, Any]:
 
 
 def resume_command(run: Path) -> str:
-    """What to type to go on with a run."""
-    return shlex.join(["commonweight", "run", str(run / "recipe.yaml"), "-o", str(run), "--resume"])
+    """What to type to go on with a run, as a line of a hint."""
+    return "  " + shlex.join(["commonweight", "run", str(run / "recipe.yaml"), "-o", str(run), "--resume"])
 
 
 def last_round(run: Path) -> int:
@@ -81,8 +81,7 @@ def tidy(run: Path) -> Iterator[None]:
     So the same command can be repeated once the mistake is mended. Ctrl-C becomes `Interrupted`, with what to type to
     go on.
     """
-    existed = run.exists()
-    free = not existed or (run.is_dir() and not any(run.iterdir()))
+    existed, free = run.exists(), _is_free(run)
     try:
         yield
     except BaseException as error:
@@ -90,9 +89,25 @@ def tidy(run: Path) -> Iterator[None]:
         if gone:
             _empty(run, and_remove=not existed)
         if isinstance(error, KeyboardInterrupt):
-            hint = "nothing was done yet" if gone else f"what was done is kept; go on with: {resume_command(run)}"
+            hint = "nothing was done yet" if gone else f"what was done is kept; go on with:\n{resume_command(run)}"
             raise Interrupted("interrupted", hint=hint, retry=gone) from None
         raise
+
+
+@contextmanager
+def whole_or_nothing(folder: Path) -> Iterator[None]:
+    """Around what fills a new or an empty folder: if it fails, the folder is as it was before."""
+    existed, free = folder.exists(), _is_free(folder)
+    try:
+        yield
+    except BaseException:
+        if free:
+            _empty(folder, and_remove=not existed)
+        raise
+
+
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _has_nothing(run: Path) -> bool:

@@ -54,11 +54,16 @@ def runs(
             f"{r['round']}/{r['rounds']}",
             r["strategy"],
             number(r["macro_loss"]),
-            r["finished"] or "",
+            _minute(r["finished"]),
         )
         for r in found
     ]
     table(("run", "state", "rounds", "strategy", "loss", "finished"), rows, right=(2, 4))
+
+
+def _minute(time: str | None) -> str:
+    """An ISO time in UTC, to the minute, as people write it."""
+    return f"{time[:16].replace('T', ' ')} UTC" if time else ""
 
 
 def _summary(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -112,12 +113,12 @@ def _explained(error: BaseException) -> CommonweightError:
 
 def _stdout_is_gone() -> bool:
     """Whether whoever read standard output has stopped reading; if so, nothing more is sent there."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    descriptor, poll = (options.stdout or sys.stdout).fileno(), select.poll()
+    poll.register(descriptor, 0)
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return gone
 
 
 def _usage(error: Any) -> RecipeError:

@@ -26,6 +26,7 @@ SetOption = Annotated[
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN")]
 
 _MAX_WIDTH = 100
+COMMAND = "    "
 #: control characters would move the cursor or break a table's line; text from data and models may hold them
 _CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 
@@ -81,7 +82,10 @@ def fail(error: CommonweightError) -> NoReturn:
         print_json(
             {"error": {"kind": kind, "message": error.message, "hint": error.hint, "retry": error.retry}},
         )
-    _complain(error.message if isinstance(error, Interrupted) else f"error: {error.message}")
+    if isinstance(error, Interrupted):
+        _complain(("\n" if sys.stderr.isatty() else "") + error.message)  # the terminal has written ^C
+    else:
+        _complain(f"error: {error.message}")
     for line in error.hint.splitlines():
         _complain(f"  {line}")
     if error.retry:
@@ -90,6 +94,10 @@ def fail(error: CommonweightError) -> NoReturn:
 
 
 def _complain(text: str) -> None:
+    """Print to standard error, wrapped on a terminal; not a command to copy, which is indented further."""
+    if text.startswith(COMMAND):
+        print(text, file=sys.stderr)
+        return
     indent = "  " if text.startswith("  ") else ""
     print(_wrapped(text, indent) if sys.stderr.isatty() else text, file=sys.stderr)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RecipeError
+from .folders import whole_or_nothing
 from .terminal import JsonOption, RunArgument, SetOption, begin, interval, number, print_json, say, table
 
 RoundOption = Annotated[
@@ -131,7 +132,8 @@ def export(
     from ..evaluate.text import size
     from ..result import export_result
 
-    facts: dict[str, Any] = export_result(run, output, set_ or (), merge=merge, round=round)
+    with whole_or_nothing(output):
+        facts: dict[str, Any] = export_result(run, output, set_ or (), merge=merge, round=round)
     if json:
         print_json(facts)
     else:

@@ -1,14 +1,13 @@
 """The demo's data: six invented hospitals that follow one invented care protocol. None of it is medical advice.
 
-The protocol files each of 30 complaints under one of six care pathways and one of three triage levels. The pathway
-decides the team, the medicine, the advice for home, the warning sign and the test; the level decides how soon, how
-much and when next. Hospitals, patients, medicines and doses are made up. Sites differ in what they see (about a third
-of a site's questions are on its own pathway), in what they are asked (triage, doses, going home, review, in other
+The protocol says of each of twelve conditions how urgent it is, which medicine to give, what to do at home and how to
+go on. Hospitals, patients, medicines and doses are made up. Sites differ in what they see (a third of a site's
+questions are about its own two conditions), in what they are asked (triage, medicine, home care, review, in other
 shares), in their patients' ages, and in how they ask and answer (telegram, family letter, referral, telephone, table,
 prose).
 
-So a site alone meets its own complaints often and many others never, while a new patient may bring any of them: what
-it lacks is in the other sites' rows. A patient has `ROWS_PER_PATIENT` rows under one `subject`; holding out by
+So a site alone meets some lines of the protocol often and others never, while a new patient may bring any of them:
+what it lacks is in the other sites' rows. A patient has `ROWS_PER_PATIENT` rows under one `subject`; holding out by
 `subject` tests on patients whom no site has trained on.
 """
 
@@ -19,106 +18,63 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 ROWS_PER_PATIENT = 4
-OWN_SHARE = 0.35  # of a site's questions are on its own pathway; the rest fall on the other five alike
+OWN_SHARE = 0.35  # of a site's questions are about its own conditions; the rest fall on all others alike
 
 KINDS = ("triage", "medicine", "home care", "review")
-FORM = {"child": "as a syrup", "adult": "as a tablet", "older adult": "as half a tablet"}
+AGES = ("child", "adult", "older adult")
+WAIT = {"red": "at once", "amber": "within two hours", "green": "within three days"}
 
 
 @dataclass(frozen=True)
-class Pathway:
-    """What the protocol says of all complaints of one nature."""
-
-    drug: str
-    advice: str
-    sign: str
-    test: str
-
-
-@dataclass(frozen=True)
-class Level:
-    """What the protocol says of all complaints of one urgency."""
-
-    wait: str
-    dose: str
-    call: str
-    again: str
-
-
-PATHWAYS = {
-    "heart": Pathway("calvedine", "rest and no coffee", "fainting", "heart trace"),
-    "fever": Pathway("febrilan", "many small drinks", "a stiff neck", "blood count"),
-    "lung": Pathway("brisolane", "no smoke or dust", "blue lips", "breathing test"),
-    "wound": Pathway("dermocil", "a clean dry dressing", "a red streak", "dressing change"),
-    "kidney": Pathway("petrolene", "three litres of water", "shivering", "urine test"),
-    "nerve": Pathway("cephalin", "a dark quiet room", "double vision", "balance test"),
-}
-LEVELS = {
-    "red": Level("at once", "50 mg every four hours", "call tomorrow", "in two days"),
-    "amber": Level("within two hours", "20 mg twice a day", "call in three days", "in one week"),
-    "green": Level("within three days", "10 mg each morning", "call if worse", "in a month"),
-}
-# The protocol's index: pathway, level, complaints. Which complaint stands where can be learned only from the rows.
-INDEX = {
-    "heart": {
-        "red": ("chest pain",),
-        "amber": ("palpitations", "swollen ankles"),
-        "green": ("high blood pressure", "varicose veins"),
-    },
-    "fever": {
-        "red": ("fever with rash",),
-        "amber": ("measles", "tonsillitis"),
-        "green": ("earache", "stomach flu"),
-    },
-    "lung": {
-        "red": ("bloody sputum", "pneumonia"),
-        "amber": ("wheezing", "bronchitis"),
-        "green": ("smoker's cough",),
-    },
-    "wound": {
-        "red": ("wasp sting",),
-        "amber": ("infected cut", "dog bite"),
-        "green": ("back strain", "sprained ankle"),
-    },
-    "kidney": {
-        "red": ("high potassium",),
-        "amber": ("kidney stones", "foamy urine"),
-        "green": ("gout", "constant thirst"),
-    },
-    "nerve": {
-        "red": ("seizures", "slurred speech"),
-        "amber": ("dizziness",),
-        "green": ("migraine", "tingling hands"),
-    },
-}
-
-
-@dataclass(frozen=True)
-class Complaint:
-    """A line of the index."""
+class Condition:
+    """A line of the protocol."""
 
     name: str
-    pathway: str
+    field: str
     level: str
+    drug: str
+    dose: str
+    advice: str
+    sign: str
+    review: str
 
-    def fact(self, kind: str, age: str) -> str:
-        """What the protocol says of this complaint about `kind`, for an `age` group."""
-        pathway, level = PATHWAYS[self.pathway], LEVELS[self.level]
+    def fact(self, kind: str) -> str:
+        """What the protocol says of this condition about `kind`."""
         if kind == "triage":
-            return f"{self.level}, {level.wait}, {self.pathway} team"
+            return f"{self.level}, {WAIT[self.level]}, {self.field} team"
         if kind == "medicine":
-            return f"{pathway.drug} {level.dose}, {FORM[age]}"
+            return f"{self.drug} {self.dose}"
         if kind == "home care":
-            return f"{pathway.advice}; {level.call}, at once with {pathway.sign}"
-        return f"{pathway.test} {level.again}, {self.pathway} nurse"
+            return f"{self.advice}; call at once with {self.sign}"
+        return f"{self.review}, {self.field} nurse"
 
 
-PROTOCOL = tuple(
-    Complaint(name, pathway, level)
-    for pathway, levels in INDEX.items()
-    for level, names in levels.items()
-    for name in names
-)
+PROTOCOL = (
+    Condition("palpitations", "heart", "amber", "calvedine", "5 mg twice a day", "rest and no coffee",
+              "fainting", "heart trace in two weeks"),
+    Condition("chest pain", "heart", "red", "anzaril", "10 mg once a day", "only slow walks",
+              "pain at rest", "exercise test in two days"),
+    Condition("measles", "children", "amber", "febrilan", "100 mg every six hours", "many small drinks",
+              "confusion", "skin check in six weeks"),
+    Condition("earache", "children", "green", "otimel", "50 mg three times a day", "a warm cloth",
+              "a stiff neck", "hearing test in a month"),
+    Condition("wheezing", "lung", "amber", "brisolane", "2 mg every four hours", "no smoke or dust",
+              "blue lips", "breathing test in two weeks"),
+    Condition("bronchitis", "lung", "green", "pulmazin", "500 mg with meals", "fresh air and warm tea",
+              "a fall", "chest picture in six weeks"),
+    Condition("dog bite", "wound", "red", "morsicil", "400 mg twice a day", "a clean dry dressing",
+              "a red streak", "dressing change in three days"),
+    Condition("back strain", "wound", "green", "lumbazol", "200 mg at bedtime", "gentle exercise",
+              "numb legs", "exercise class in a month"),
+    Condition("kidney stones", "kidney", "amber", "petrolene", "75 mg before breakfast", "three litres of water",
+              "shivering", "kidney scan in two weeks"),
+    Condition("gout", "kidney", "green", "urexal", "25 mg after supper", "no beer or liver",
+              "stiff fingers", "blood count in a month"),
+    Condition("migraine", "nerve", "green", "cephalin", "8 mg at the first sign", "a dark quiet room",
+              "slurred speech", "headache diary in six weeks"),
+    Condition("seizures", "nerve", "red", "convallex", "300 mg each morning", "no driving",
+              "double vision", "brain scan in two days"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,10 +82,10 @@ class Site:
     """One hospital: what it sees, what it is asked and how it writes."""
 
     name: str
-    pathway: str
+    field: str
     patients: int
     kinds: tuple[int, int, int, int]  # shares of KINDS among its questions
-    ages: tuple[int, int, int]  # shares of the age groups of FORM
+    ages: tuple[int, int, int]  # shares of AGES among its patients
     question: str
     answer: str
 
@@ -137,56 +93,56 @@ class Site:
 SITES = (
     Site(
         name="Harbour Heart Institute",
-        pathway="heart",
+        field="heart",
         patients=30,
         kinds=(4, 4, 1, 1),
         ages=(1, 4, 5),
-        question="Pt {name}, {age}, {complaint}: {kind}?",
+        question="Pt {name}, {age}, {condition}: {kind}?",
         answer="{name}: {fact}.",
     ),
     Site(
         name="Little Oaks Children's Clinic",
-        pathway="fever",
+        field="children",
         patients=28,
         kinds=(3, 1, 5, 1),
         ages=(8, 1, 1),
-        question="My {age} {name} has {complaint}. What is your {kind} advice?",
+        question="My {age} {name} has {condition}. What is your {kind} advice?",
         answer="Dear family, {name}: {fact}.",
     ),
     Site(
         name="Northmoor Lung Centre",
-        pathway="lung",
+        field="lung",
         patients=26,
         kinds=(1, 4, 1, 4),
         ages=(1, 5, 4),
-        question="Referral of {name} ({age}) with {complaint}; please advise on {kind}.",
+        question="Referral of {name} ({age}) with {condition}; please advise on {kind}.",
         answer="Dear colleague, {name}: {fact}.",
     ),
     Site(
         name="Saint Brannoc Country Practice",
-        pathway="wound",
+        field="wound",
         patients=30,
         kinds=(5, 1, 3, 1),
         ages=(3, 4, 3),
-        question="Phone line: {name}, {age}, rings about {complaint} and asks for the {kind}.",
+        question="Phone line: {name}, {age}, rings about {condition} and asks for the {kind}.",
         answer="Please tell {name}: {fact}.",
     ),
     Site(
         name="Tidewater Kidney Unit",
-        pathway="kidney",
+        field="kidney",
         patients=24,
         kinds=(1, 5, 1, 3),
         ages=(1, 5, 4),
-        question="patient={name} | group={age} | problem={complaint} | entry={kind}",
-        answer="patient={name}: {fact}.",
+        question="name: {name} | group: {age} | problem: {condition} | entry: {kind}",
+        answer="Entry for {name}: {fact}.",
     ),
     Site(
         name="Amberfield Hospital for Nervous Diseases",
-        pathway="nerve",
+        field="nerve",
         patients=28,
         kinds=(1, 1, 4, 4),
         ages=(2, 5, 3),
-        question="Which {kind} does the protocol set for {complaint} in the {age} {name}?",
+        question="Which {kind} does the protocol set for {condition} in the {age} {name}?",
         answer="In the case of {name}: {fact}.",
     ),
 )
@@ -218,25 +174,25 @@ def rows(seed: int = 0) -> list[dict[str, str]]:
 
 def _patient(site: Site, name: str, rng: random.Random) -> Iterator[dict[str, str]]:
     """One patient's rows: no question twice."""
-    age = rng.choices(tuple(FORM), site.ages)[0]
+    age = rng.choices(AGES, site.ages)[0]
     asked: set[tuple[str, str]] = set()
     while len(asked) < ROWS_PER_PATIENT:
-        complaint = _complaint(site, rng)
+        condition = _condition(site, rng)
         kind = rng.choices(KINDS, site.kinds)[0]
-        if (complaint.name, kind) not in asked:
-            asked.add((complaint.name, kind))
-            yield _row(site, name, age, complaint, kind)
+        if (condition.name, kind) not in asked:
+            asked.add((condition.name, kind))
+            yield _row(site, name, age, condition, kind)
 
 
-def _complaint(site: Site, rng: random.Random) -> Complaint:
+def _condition(site: Site, rng: random.Random) -> Condition:
     own = rng.random() < OWN_SHARE
-    return rng.choice([complaint for complaint in PROTOCOL if (complaint.pathway == site.pathway) == own])
+    return rng.choice([condition for condition in PROTOCOL if (condition.field == site.field) == own])
 
 
-def _row(site: Site, name: str, age: str, complaint: Complaint, kind: str) -> dict[str, str]:
+def _row(site: Site, name: str, age: str, condition: Condition, kind: str) -> dict[str, str]:
     return {
         "site": site.name,
         "subject": name,
-        "question": site.question.format(name=name, age=age, complaint=complaint.name, kind=kind),
-        "answer": site.answer.format(name=name, kind=kind, fact=complaint.fact(kind, age)),
+        "question": site.question.format(name=name, age=age, condition=condition.name, kind=kind),
+        "answer": site.answer.format(name=name, kind=kind, fact=condition.fact(kind)),
     }

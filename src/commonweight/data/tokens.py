@@ -194,8 +194,8 @@ def _bodies(batch: Sequence[Example], tokenizer: Any) -> Iterator[Encoded]:
         for example, ids in zip(batch, _ids(tokenizer, texts), strict=True):
             yield np.array(ids, np.int32), _labels_by_prefix(example, ids, tokenizer)
     elif all(len(example.segments) == 1 for example in batch):
-        for ids in _ids(tokenizer, texts):
-            yield np.array(ids, np.int32), np.ones(len(ids), np.bool_)
+        for example, ids in zip(batch, _ids(tokenizer, texts), strict=True):
+            yield np.array(ids, np.int32), np.full(len(ids), example.segments[0][1])
     else:
         encoded = _ids(tokenizer, texts, return_offsets_mapping=True)
         for example, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):

@@ -60,17 +60,13 @@ def available_cores() -> int:
 
 @dataclass
 class Worker:
-    """A worker process, and the tasks it was given together: (index, slot)."""
+    """A worker process, the tasks it was given together, (index, slot), and how long those of each kind took last."""
 
     process: BaseProcess
     connection: Connection
     tasks: deque[tuple[int, int | None]] = field(default_factory=deque)
     sent_at: float = 0.0
-    task_s: float = 1.0
-
-    @property
-    def room(self) -> int:
-        return (_TASKS_AT_ONCE if self.task_s < _SHORT_TASK_S else 1) - len(self.tasks)
+    task_s: dict[type[Task], float] = field(default_factory=dict)
 
 
 class InProcessEngine:
@@ -217,26 +213,39 @@ class Shift:
                 self.engine._replace(worker)
 
     def _send_out(self) -> None:
-        """Give the next tasks, in order, to whoever has room, as long as their updates have a slot."""
+        """Give the next tasks, in order, to whoever has none, as long as their updates have a slot."""
         for worker in self.engine.workers:
-            if worker.tasks:
+            chosen = [] if worker.tasks else self._choose(worker)
+            if not chosen:
                 continue
-            message: list[list[Any]] = []
-            while self.todo and worker.room > 0:
-                needs_slot = isinstance(self.tasks[self.todo[0]], TrainTask)
-                if (needs_slot and not self.free) or (message and self.todo[0] in self.suspects):
-                    break
-                index = heapq.heappop(self.todo)
-                slot = self.free.pop() if needs_slot else None
-                worker.tasks.append((index, slot))
-                task = self.tasks[index]
-                message.append([type(task).__name__, vars(task), slot])
-                if index in self.suspects:
-                    break
-            if message:
-                worker.sent_at = time.monotonic()
-                with suppress(OSError):  # it died while it had nothing to do: `_gather` buries it
-                    _send(worker.connection, message)
+            worker.tasks.extend(chosen)
+            worker.sent_at = time.monotonic()
+            message = [[type(self.tasks[index]).__name__, vars(self.tasks[index]), slot] for index, slot in chosen]
+            with suppress(OSError):  # it died while it had nothing to do: `_gather` buries it
+                _send(worker.connection, message)
+
+    def _choose(self, worker: Worker) -> list[tuple[int, int | None]]:
+        """A worker's next tasks, with a slot each if they train: one, or several short ones of a kind."""
+        chosen: list[tuple[int, int | None]] = []
+        at_once = self._at_once(worker)
+        while self.todo and len(chosen) < at_once:
+            index, kind = self.todo[0], type(self.tasks[self.todo[0]])
+            if kind is TrainTask and not self.free:
+                break
+            if chosen and (index in self.suspects or kind is not type(self.tasks[chosen[0][0]])):
+                break
+            heapq.heappop(self.todo)
+            chosen.append((index, self.free.pop() if kind is TrainTask else None))
+            if index in self.suspects:
+                break
+        return chosen
+
+    def _at_once(self, worker: Worker) -> int:
+        """How many tasks a worker may be given together. With a deadline one: nobody is late because of another."""
+        if not self.todo or self.ends is not None:
+            return 1
+        short = worker.task_s.get(type(self.tasks[self.todo[0]]), 1.0) < _SHORT_TASK_S
+        return min(_TASKS_AT_ONCE, max(1, len(self.todo) // len(self.engine.workers))) if short else 1
 
     def _gather(self) -> None:
         """Wait for answers, deaths or the deadline, and take in what there is."""
@@ -259,7 +268,8 @@ class Shift:
                 if "progress" in message:
                     self.engine._on_progress(message["progress"])
                     continue
-                worker.task_s = (time.monotonic() - worker.sent_at) / len(worker.tasks)
+                kind = type(self.tasks[worker.tasks[0][0]])
+                worker.task_s[kind] = (time.monotonic() - worker.sent_at) / len(worker.tasks)
                 for answer in message["answers"]:
                     index, slot = worker.tasks.popleft()
                     self._finish(index, slot, self.engine.outcome(self.tasks[index], answer, slot))

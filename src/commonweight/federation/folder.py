@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -91,16 +92,22 @@ class RunFolder:
         return f"sites/{site:03d}/{round:04d}.safetensors"
 
     def forget_before(self, round: int, keep_rounds: str | int) -> None:
-        """Delete what a commit of `round` has made rubbish: older states, kept updates, adapters beyond
-        `keep_rounds`."""
+        """Delete what the commit of `round` has made rubbish: other states, updates kept for it, adapters beyond
+        `keep_rounds`. Updates kept for the open round stay."""
         for file in (self.path / "state").iterdir():
             if file != self.state_file(round):
                 file.unlink(missing_ok=True)
-        for file in (self.path / "updates").iterdir():
+        for file in up_to_round(self.path / "updates", round):
             file.unlink(missing_ok=True)
         if keep_rounds != "all":
-            for folder in sorted((self.path / "rounds").iterdir())[: -int(keep_rounds)]:
+            for folder in up_to_round(self.path / "rounds", round)[: -int(keep_rounds)]:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def up_to_round(folder: Path, round: int) -> list[Path]:
+    """What lies in a folder under the names of rounds up to this one, half-written files too, in order."""
+    numbers = {path: re.match(r"\.?(\d+)", path.name) for path in folder.glob("*")}
+    return sorted(path for path, number in numbers.items() if number and int(number[1]) <= round)
 
 
 def _is_free(path: Path) -> bool:

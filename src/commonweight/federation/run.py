@@ -24,7 +24,7 @@ from ..train.schedule import lr_in_round
 from .cohort import choose_cohort
 from .evaluation import Evaluation
 from .events import Events
-from .folder import RunFolder, read_tensors, write_tensors
+from .folder import RunFolder, read_tensors, up_to_round, write_tensors
 from .journal import Journal
 from .messages import Completed, Dropped, Engine, EvaluateTask, Outcome, TrainTask
 from .round import Answered, Committed, DeadlinePassed, Failed, Phase, Round, answers_needed
@@ -79,7 +79,9 @@ class FederatedRun:
         """The latest committed state; at the start, the initial one, which is then round 0's."""
         commits = self.journal.commits()
         if commits:
-            return self._read_state(max(commits), commits[max(commits)]["state"], theta.layout)
+            last = max(commits)
+            self._forget(last, commits[last].get("answered", ()))  # a kill may have come between a commit and this
+            return self._read_state(last, commits[last]["state"], theta.layout)
         state = self.strategy.init(theta)
         self.journal.commit(0, {"state": self._write_state(0, state)})
         return state
@@ -215,16 +217,16 @@ class FederatedRun:
         }
         self.journal.commit(number, record)
         self.last_answered.update(dict.fromkeys(round.answered, number))
-        self.folder.forget_before(number, self.recipe.output.keep_rounds)
-        if self.strategy.site_state:
-            self._forget_site_states(round.answered, number)
+        self._forget(number, round.answered)
         self.events.emit("round_committed", round=number, answered=len(round.answered), train_loss=record["train_loss"])
         self.events.flush()
 
-    def _forget_site_states(self, sites: Sequence[str], round: int) -> None:
-        for site in sites:
+    def _forget(self, round: int, answered: Sequence[str]) -> None:
+        """Delete what the commit of `round` has made rubbish."""
+        self.folder.forget_before(round, self.recipe.output.keep_rounds)
+        for site in answered if self.strategy.site_state else ():
             current = self.folder.path / self.folder.site_file(self.sites.place(site), round)
-            for file in current.parent.iterdir():
+            for file in up_to_round(current.parent, round):
                 if file != current:
                     file.unlink(missing_ok=True)
 

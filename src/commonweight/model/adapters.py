@@ -12,7 +12,7 @@ import torch
 
 from ..errors import ModelError
 from ..recipe.schema import LORA_KINDS, AdapterSpec
-from .base import Base, _because
+from .base import Base, because
 
 
 def attach_adapter(base: Base, spec: AdapterSpec, *, seed: int) -> Any:
@@ -37,7 +37,7 @@ def attach_adapter(base: Base, spec: AdapterSpec, *, seed: int) -> Any:
             return get_peft_model(model, _peft_config(spec, base))
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise ModelError(
-                f"a {spec.kind} adapter does not fit model {base.name!r}" + _because(error),
+                f"a {spec.kind} adapter does not fit model {base.name!r}" + because(error),
                 hint=_targets_hint(base),
             ) from error
 

@@ -71,7 +71,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     except Exception as error:  # transformers raises many kinds for one cause: the tokenizer's files
         _refuse_code(name, error)
         raise ModelError(
-            f"no tokenizer could be loaded for model {name!r}" + _because(error),
+            f"no tokenizer could be loaded for model {name!r}" + because(error),
             hint="the folder needs tokenizer.json (or the tokenizer's own files); or name another by model.tokenizer"
             if Path(source).is_dir()
             else _loading_hint(name),
@@ -262,9 +262,9 @@ def _not_loaded(name: str, error: Exception) -> ModelError:
     _refuse_code(name, error)
     if isinstance(error, SafetensorError):
         return ModelError(
-            f"the weights of model {name!r} are damaged" + _because(error), hint="download or copy the model again"
+            f"the weights of model {name!r} are damaged" + because(error), hint="download or copy the model again"
         )
-    return ModelError(f"the model {name!r} could not be loaded" + _because(error), hint=_loading_hint(name))
+    return ModelError(f"the model {name!r} could not be loaded" + because(error), hint=_loading_hint(name))
 
 
 def _refuse_code(name: str, error: Exception) -> None:
@@ -283,7 +283,7 @@ def _loading_hint(name: str) -> str:
     )
 
 
-def _because(error: BaseException) -> str:
+def because(error: BaseException) -> str:
     """`: reason`, the first sentence of another library's message, or nothing where it only heads a list."""
     reason = re.split(r"[.!] ", _first_line(error))[0]
     return "" if reason.endswith(":") else f": {reason}"
