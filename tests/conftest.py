@@ -16,15 +16,13 @@ from tests.unit.tiny_tokenizers import bpe
 
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost these small models seconds
 
-WORDS = (
-    "fever cough rest honey water sleep doctor nurse blood heart lung knee pain dose daily twice never often".split()
-)
+WORDS = ("fever", "cough", "rest", "honey", "water", "sleep", "doctor", "nurse", "blood", "heart", "lung", "knee")
 SITES = ("north", "south", "west")
 
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random two-layer Llama (hidden 32, context 128) and a byte-level tokenizer, transformers layout."""
+    """A folder with a random two-layer Llama (hidden 32, context 128) and a byte-level tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("small-model")

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import yaml
 from pydantic import ValidationError
-from tests.unit.tiny_tokenizers import CHATML, bpe
 
 from commonweight.data.partition_report import gini, js_divergence
 from commonweight.data.sites import Site, load_sites
 from commonweight.errors import CommonweightError, DataError, RecipeError
 from commonweight.recipe.schema import DataSpec, Recipe, SitesSpec
+from tests.unit.tiny_tokenizers import CHATML, bpe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.unit.tiny_tokenizers import ALTERNATING, CHATML, REWRITING, bpe
 
 from commonweight.data.formats import Row
 from commonweight.data.templates import Example, template_for
 from commonweight.errors import CommonweightError, DataError, RecipeError
 from commonweight.recipe.schema import DataSpec
+from tests.unit.tiny_tokenizers import ALTERNATING, CHATML, REWRITING, bpe
 
 USER = {"role": "user", "content": "hi"}
 BOT = {"role": "assistant", "content": "hello there"}

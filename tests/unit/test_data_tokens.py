@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.unit.tiny_tokenizers import CHATML, Characters, bpe, ended
 
 from commonweight.data.chunks import cut
 from commonweight.data.formats import Row
@@ -15,6 +14,7 @@ from commonweight.data.templates import Example, template_for
 from commonweight.data.tokens import Tokens, concatenate, encode, leading_tokens, tokenise
 from commonweight.errors import DataError
 from commonweight.recipe.schema import DataSpec
+from tests.unit.tiny_tokenizers import CHATML, Characters, bpe, ended
 
 TOKENIZERS = {"bpe": bpe(), "untrimmed": bpe(trim=False), "without bos": bpe(bos=False), "slow": Characters()}
 

@@ -152,7 +152,7 @@ def test_outcomes_come_in_the_order_of_the_tasks_and_stay_valid_until_the_next(
             assert isinstance(outcome, Completed)
             if outcome.update is not None:
                 digests.append(outcome.update.delta.digest())
-                time.sleep(0.01)  # the workers go on meanwhile
+                time.sleep(0.05)  # the workers go on meanwhile
                 assert outcome.update.delta.digest() == digests[-1]
     assert seen == tasks
     assert digests == expected

@@ -53,20 +53,15 @@ def local_work(bench: Bench, site: str, theta: Arrays, round: int, lr: float) ->
     return {name: after - start[name] for name, after in arrays(values).items()}, weights
 
 
-def rounds_by_hand(recipe: Recipe, cohorts: Sequence[Sequence[str]], lrs: Sequence[float]) -> list[Arrays]:
-    """θ after each round of federated averaging."""
-    bench = build_bench(recipe)
-    theta, found = arrays(bench.theta), []
-    for round, (cohort, lr) in enumerate(zip(cohorts, lrs, strict=True), start=1):
-        work = [local_work(bench, site, theta, round, lr) for site in cohort]
-        weights = np.array([weight[recipe.federation.weighting] for _, weight in work], dtype=np.float64)
-        shares = weights / weights.sum()
-        theta = {
-            name: value + sum(share * delta[name] for share, (delta, _) in zip(shares, work, strict=True))
-            for name, value in theta.items()
-        }
-        found.append(theta)
-    return found
+def round_by_hand(bench: Bench, theta: Arrays, cohort: Sequence[str], round: int, lr: float) -> Arrays:
+    """θ after a round of federated averaging that begins at `theta`."""
+    work = [local_work(bench, site, theta, round, lr) for site in cohort]
+    weights = np.array([weight[bench.recipe.federation.weighting] for _, weight in work], dtype=np.float64)
+    shares = weights / weights.sum()
+    return {
+        name: value + sum(share * delta[name] for share, (delta, _) in zip(shares, work, strict=True))
+        for name, value in theta.items()
+    }
 
 
 def adapter_of(run_folder: Path, round: int) -> Arrays:
@@ -90,10 +85,9 @@ def test_a_round_is_the_weighted_mean_of_what_the_sites_changed(
 ) -> None:
     recipe = make_recipe(federation={"rounds": 1, "weighting": weighting})
     run(recipe, tmp_path / "run")
-    (expected,) = rounds_by_hand(recipe, [SITES], [0.01])
-    found = adapter_of(tmp_path / "run", 1)
-    assert_close(found, expected)
-    start = arrays(build_bench(recipe).theta)
+    bench = build_bench(recipe)
+    start, found = arrays(bench.theta), adapter_of(tmp_path / "run", 1)
+    assert_close(found, round_by_hand(bench, start, SITES, 1, 0.01))
     moved = max(float(np.abs(found[name] - start[name]).max()) for name in found)
     assert moved > 1e-3  # far beyond the tolerance
 
@@ -107,8 +101,12 @@ def test_rounds_follow_each_other_over_the_cohorts_drawn_and_the_rates_planned(
     lrs = [0.01, 0.0075, 0.005]
     assert [round["lr"] for round in metrics["rounds"]] == pytest.approx(lrs)
     assert len(set(cohorts)) > 1
-    for round, expected in enumerate(rounds_by_hand(recipe, cohorts, lrs), start=1):
-        assert_close(adapter_of(tmp_path / "run", round), expected)
+    bench = build_bench(recipe)
+    theta = arrays(bench.theta)
+    for round, (cohort, lr) in enumerate(zip(cohorts, lrs, strict=True), start=1):
+        found = adapter_of(tmp_path / "run", round)
+        assert_close(found, round_by_hand(bench, theta, cohort, round, lr))
+        theta = found
 
 
 def test_only_those_invited_take_part(make_recipe: MakeRecipe, tmp_path: Path) -> None:

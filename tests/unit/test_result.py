@@ -63,9 +63,9 @@ def finished(small_model: Path, small_data: Path, tmp_path_factory: pytest.TempP
 def made(make_recipe: Make, tmp_path: Path) -> Callable[..., Path]:
     """A run's folder as it is after a round, without the run: a recipe and an adapter whose values are random."""
 
-    def make(kind: str = "lora", where: str = "adapter", **sections: Any) -> Path:
-        model = {"name": make_recipe().model.name, "adapter": {"kind": kind, "r": 2, "alpha": 4, "virtual_tokens": 3}}
-        recipe, folder = make_recipe(model=model, **sections), tmp_path / "run"
+    def make(kind: str = "lora", where: str = "adapter", targets: Any = "all-linear", **sections: Any) -> Path:
+        adapter = {"kind": kind, "r": 2, "alpha": 4, "virtual_tokens": 3, "targets": targets}
+        recipe, folder = make_recipe(model={"adapter": adapter}, **sections), tmp_path / "run"
         bench, generator = build_bench(recipe), torch.Generator().manual_seed(3)
         moved: NamedTensors = bench.theta.clone()
         for flat in moved.flats.values():
@@ -402,7 +402,7 @@ def test_a_damaged_adapter_is_refused(kind: str, made: Callable[..., Path]) -> N
 
 
 def test_an_adapter_of_another_model_is_refused(made: Callable[..., Path], tmp_path: Path) -> None:
-    folder = made()
+    folder = made(targets=["q_proj", "up_proj"])
     for name, layers, width in (("same", 2, 32), ("shallower", 1, 32), ("deeper", 3, 32), ("wider", 2, 48)):
         shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 48}
         tiny(dtype=torch.float32, vocab_size=len(bpe()), **shape).save_pretrained(tmp_path / name)

@@ -79,9 +79,7 @@ def fail(error: CommonweightError) -> NoReturn:
         traceback.print_exception(error)
     if options.json:
         kind = type(error).__name__
-        print_json(
-            {"error": {"kind": kind, "message": error.message, "hint": error.hint, "retry": error.retry}},
-        )
+        print_json({"error": {"kind": kind, "message": error.message, "hint": error.hint, "retry": error.retry}})
     if isinstance(error, Interrupted):
         _complain(("\n" if sys.stderr.isatty() else "") + error.message)  # the terminal has written ^C
     else:
@@ -95,11 +93,9 @@ def fail(error: CommonweightError) -> NoReturn:
 
 def _complain(text: str) -> None:
     """Print to standard error, wrapped on a terminal; not a command to copy, which is indented further."""
-    if text.startswith(COMMAND):
-        print(text, file=sys.stderr)
-        return
-    indent = "  " if text.startswith("  ") else ""
-    print(_wrapped(text, indent) if sys.stderr.isatty() else text, file=sys.stderr)
+    text = text.translate(_CONTROLS)
+    wraps = sys.stderr.isatty() and not text.startswith(COMMAND)
+    print(_wrapped(text) if wraps else text, file=sys.stderr)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -116,12 +112,19 @@ def say(text: str) -> None:
     print(_wrapped(text) if is_terminal() else text, flush=True)
 
 
-def _wrapped(text: str, indent: str = "") -> str:
+def _wrapped(text: str) -> str:
+    """Lines broken at words, each keeping its indent."""
     width = min(_MAX_WIDTH, shutil.get_terminal_size().columns)
-    fill = textwrap.TextWrapper(
-        width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
-    ).fill
-    return "\n".join(fill(line) for line in text.split("\n"))
+    return "\n".join(
+        textwrap.fill(
+            line,
+            width,
+            subsequent_indent=line[: len(line) - len(line.lstrip())],
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for line in text.split("\n")
+    )
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:

@@ -54,8 +54,8 @@ def methods_markdown() -> str:
     """The methods as a page: a table a kind, and each method's options."""
     parts = [
         "# Methods",
-        "Generated from the code by `make docs`; `commonweight methods` prints the same. A class of one's own is named as "
-        "`package.module:Class` and satisfies the same protocol as these.",
+        "Generated from the code by `make docs`; `commonweight methods` prints the same. A class of one's own is named "
+        "as `package.module:Class` and satisfies the same protocol as these.",
     ]
     titles = {"strategy": "Strategies", "objective": "Objectives", "adapter": "Adapters"}
     for kind, title in titles.items():
