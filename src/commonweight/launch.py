@@ -68,6 +68,7 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
     journal = Journal(folder.path / "state.sqlite")
     try:
         began, started = time.perf_counter(), datetime.now(UTC)
+        folder.check_journal(journal.commits())
         write_text(folder.path / "recipe.yaml", recipe_text(recipe))
         events.emit("run_started", name=recipe.name, resumed_after_round=journal.last_round())
         bench = build_bench(recipe)

@@ -302,6 +302,7 @@ def test_a_round_short_of_its_quorum_ends_the_run_and_a_resumed_one_tries_again(
     [
         ("raises", "ValueError: row 3 is no row"),
         ("nan loss", "the training loss became nan at local step 1"),
+        ("nan report", "the objective reported a training loss of nan"),
         ("nan values", "the update of site 'south' for round 1 holds NaN or infinity in 'base_model."),
         ("infinite values", "the update of site 'south' for round 1 holds NaN or infinity in 'base_model."),
     ],

@@ -30,7 +30,9 @@ from commonweight.federation.folder import (
     write_text,
 )
 from commonweight.federation.journal import Journal
+from commonweight.launch import run
 from commonweight.model.tensors import Layout, NamedTensors
+from commonweight.recipe import Recipe
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -496,3 +498,20 @@ def test_a_full_disk_while_events_are_written_is_a_storage_error(tmp_path: Path)
         with pytest.raises(StorageError, match="the disk is full") as caught:
             end()
         assert caught.value.retry
+
+
+def test_an_emptied_journal_does_not_begin_anew_over_rounds(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(make_recipe(), folder)
+    for file in folder.glob("state.sqlite*"):
+        file.write_bytes(b"")
+    with pytest.raises(StateError, match="is empty, but there are rounds"):
+        run(make_recipe(), folder, resume=True)
+    assert (folder / "rounds" / "0002").exists()
+
+
+def test_a_damaged_event_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"t": 1, "event": "run_started"}\n{"t": 2, "event": "loa\n')
+    with pytest.raises(StateError, match="a line is no JSON"):
+        phase_seconds(path)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from commonweight.model.tensors import NamedTensors
@@ -34,7 +36,9 @@ class Wayward(SupervisedFineTuning):
 
         model_config = ConfigDict(extra="forbid", frozen=True)
 
-        way: Literal["killed", "raises", "nan loss", "nan values", "infinite values", "slow", "exits", "none"]
+        way: Literal[
+            "killed", "raises", "nan loss", "nan report", "nan values", "infinite values", "slow", "exits", "none"
+        ]
         folder: str
         rows: int | None = None
         times: int = ALWAYS
@@ -48,7 +52,9 @@ class Wayward(SupervisedFineTuning):
         result = super().work(participant, task)
         if self._way in ("nan values", "infinite values"):
             spoil(self._values, float("nan" if self._way == "nan values" else "inf"))
-        return result
+        if self._way == "nan report":
+            return replace(result, loss=float("nan"))
+        return replace(result, num_examples=np.int64(result.num_examples), loss=np.float32(result.loss))
 
     def _once_more(self) -> bool:
         folder = Path(self.options.folder)

@@ -6,6 +6,7 @@ difference in a slot of memory that the coordinator reads.
 
 from __future__ import annotations
 
+import math
 import mmap
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import SiteError
 from ..evaluate.scoring import answer, score_site
 from ..federation.folder import read_tensors, write_tensors
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, TrainTask
@@ -100,6 +102,8 @@ class Hand:
                 correction=change,
             ),
         )
+        if not math.isfinite(result.loss):
+            raise SiteError(f"the objective reported a training loss of {result.loss}", hint="lower training.lr")
         channels = self.slots[slot]
         delta = channels["delta"]
         self._delta(theta, delta)
@@ -108,12 +112,12 @@ class Hand:
             channels[name].copy_(tensors)
         if task.state_out is not None:
             write_tensors(self.folder / task.state_out, new_state)
-        metrics = {"loss": result.loss, "seconds": time.perf_counter() - began}
+        # plain numbers: an objective of one's own may count in NumPy's or torch's
         return {
-            "num_examples": result.num_examples,
-            "num_label_tokens": result.num_label_tokens,
-            "num_steps": result.num_steps,
-            "metrics": metrics,
+            "num_examples": int(result.num_examples),
+            "num_label_tokens": int(result.num_label_tokens),
+            "num_steps": int(result.num_steps),
+            "metrics": {"loss": float(result.loss), "seconds": time.perf_counter() - began},
         }
 
     def work_seed(self, who: str, round: int) -> int:

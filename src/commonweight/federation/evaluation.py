@@ -110,4 +110,7 @@ def _curve(round: int) -> str:
 def _result(outcome: Outcome) -> Mapping[str, Any]:
     if isinstance(outcome, Completed):
         return outcome.result
-    raise RoundError(f"an evaluation failed: {outcome.reason}", hint="repeat with --resume", retry=True)
+    raise RoundError(
+        f"an evaluation failed: {outcome.reason}",
+        hint="what was committed is kept: once the cause is mended, go on with --resume",
+    )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import StateError
 from .folder import storage_errors
 
 Listener = Callable[[str, Mapping[str, Any]], None]
@@ -51,8 +52,16 @@ def last_event(path: Path, name: str) -> dict[str, Any]:
         return {}
     with storage_errors(path):
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    found = (json.loads(line) for line in reversed(lines) if f'"event": "{name}"' in line)
+    found = (_parsed(line, path) for line in reversed(lines) if f'"event": "{name}"' in line)
     return next((event for event in found if event["event"] == name), {})
+
+
+def _parsed(line: str, path: Path) -> dict[str, Any]:
+    try:
+        event: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise StateError(f"{path} is damaged: a line is no JSON: {line[:60]!r}", hint="remove that line") from error
+    return event
 
 
 def _drop_partial_line(path: Path) -> None:
@@ -80,7 +89,7 @@ def phase_seconds(path: Path) -> dict[str, float]:
     seconds = dict.fromkeys(("load", "evaluate", "federated", "controls"), 0.0)
     phase, since = "", 0.0
     for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        event = json.loads(line)
+        event = _parsed(line, path)
         if phase and event["event"] != "run_started":
             seconds[phase] += event["t"] - since
         phase, since = _PHASES.get(event["event"], phase), event["t"]

@@ -75,6 +75,18 @@ class RunFolder:
             ) from error
         return handle
 
+    def check_journal(self, commits: Mapping[int, Any]) -> None:
+        """Refuse to begin anew over rounds that the journal has lost.
+
+        Raises:
+            StateError: there are rounds' adapters here, and the journal knows of no commit.
+        """
+        if not commits and any((self.path / "rounds").iterdir()):
+            raise StateError(
+                f"the journal {self.path / 'state.sqlite'} is empty, but there are rounds in {self.path / 'rounds'}",
+                hint="restore the journal from a copy, or start a new run in another folder (-o)",
+            )
+
     def close(self) -> None:
         self._lock.close()
 
