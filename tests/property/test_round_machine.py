@@ -30,6 +30,7 @@ from commonweight.recipe.schema import FederationSpec
 SITES = tuple("abcdef")
 NUMBER = 4
 
+quick = settings(max_examples=100, deadline=None)
 sites = st.sampled_from([*SITES, "stranger"])
 numbers = st.sampled_from([NUMBER, NUMBER, NUMBER, NUMBER - 1, NUMBER + 1])
 cohorts = st.lists(st.sampled_from(SITES), min_size=1, max_size=6, unique=True).map(tuple)
@@ -139,6 +140,7 @@ RoundMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=
 TestRoundMachine = RoundMachine.TestCase
 
 
+@quick
 @given(cohorts, st.integers(1, 6), st.lists(events, max_size=30))
 def test_a_closed_round_accepts_nothing_but_its_commit(cohort: tuple[str, ...], needed: int, told: list[Event]) -> None:
     closed, _ = played(opened(cohort, min(needed, len(cohort))), told).apply(DeadlinePassed(NUMBER))
@@ -151,6 +153,7 @@ def test_a_closed_round_accepts_nothing_but_its_commit(cohort: tuple[str, ...], 
             assert closed.phase.value in verdict.reason
 
 
+@quick
 @given(cohorts, st.data())
 def test_the_order_of_answers_changes_only_the_order_in_which_they_are_listed(
     cohort: tuple[str, ...], data: st.DataObject
@@ -168,6 +171,7 @@ def test_the_order_of_answers_changes_only_the_order_in_which_they_are_listed(
         assert one.failed == other.failed
 
 
+@quick
 @given(cohorts, st.data())
 def test_a_round_is_abandoned_at_the_very_failure_that_puts_the_quorum_out_of_reach(
     cohort: tuple[str, ...], data: st.DataObject
@@ -183,6 +187,7 @@ def test_a_round_is_abandoned_at_the_very_failure_that_puts_the_quorum_out_of_re
     assert round.phase is Phase.ABANDONED
 
 
+@quick
 @given(st.sampled_from([Phase.OPEN, Phase.ABANDONED, Phase.COMMITTED]))
 def test_only_a_closed_round_is_committed(phase: Phase) -> None:
     round = Round(NUMBER, SITES, 1, phase=phase)
@@ -196,6 +201,7 @@ def test_an_answer_after_the_round_before_names_both_rounds() -> None:
     assert verdict.reason == f"it is for round {NUMBER - 1}; round {NUMBER} is open"
 
 
+@quick
 @given(st.floats(1e-6, 1.0), st.integers(1, 40), st.integers(1, 10_000))
 def test_as_many_are_needed_as_the_quorum_or_min_sites_says(quorum: float, min_sites: int, size: int) -> None:
     needed = answers_needed(FederationSpec(quorum=quorum, min_sites=min_sites), size)
@@ -230,6 +236,7 @@ def size_of(cohort: Any, count: int) -> int:
     return min(count, cohort) if isinstance(cohort, int) else max(1, math.ceil(cohort * count - 1e-9))
 
 
+@quick
 @given(names, choices, seeds, rounds)
 def test_a_cohort_depends_on_the_seed_and_the_round_alone(
     all_sites: tuple[str, ...], cohort: Any, seed: int, round: int
@@ -238,6 +245,7 @@ def test_a_cohort_depends_on_the_seed_and_the_round_alone(
     assert choose_cohort(list(all_sites), spec(cohort, quorum=1.0), seed=seed, round=round) == chosen
 
 
+@quick
 @given(names, choices, seeds, rounds)
 def test_a_cohort_has_the_size_asked_for_no_site_twice_and_keeps_their_order(
     all_sites: tuple[str, ...], cohort: Any, seed: int, round: int
@@ -284,6 +292,7 @@ def test_min_sites_beyond_the_cohort_is_refused(cohort: Any, size: int) -> None:
         check_cohort(4, spec(cohort, min_sites=5))
 
 
+@quick
 @given(names, choices, st.floats(1e-3, 1.0), st.integers(1, 60))
 def test_settings_that_are_let_through_can_be_met(
     all_sites: tuple[str, ...], cohort: Any, quorum: float, min_sites: int

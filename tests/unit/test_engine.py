@@ -80,7 +80,7 @@ def undisturbed(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactor
 def test_the_bits_do_not_depend_on_the_number_of_workers(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, federation: dict[str, Any]
 ) -> None:
-    found = {}
+    found: dict[int | str, Any] = {}
     for workers in (1, 2, 3):
         recipe = make_recipe(federation=federation, training=SHORT, engine={"workers": workers})
         metrics = run(recipe, tmp_path / str(workers))

@@ -49,7 +49,7 @@ def local_work(bench: Bench, site: str, theta: Arrays, round: int, lr: float) ->
         seed=derive_seed(recipe.seed, "work", site, round),
     )
     result = bench.objective.work(bench.participant, task)
-    weights = {"examples": ROWS[site], "tokens": result.num_label_tokens, "uniform": 1}
+    weights: dict[str, float] = {"examples": ROWS[site], "tokens": result.num_label_tokens, "uniform": 1}
     return {name: after - start[name] for name, after in arrays(values).items()}, weights
 
 

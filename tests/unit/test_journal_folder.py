@@ -9,6 +9,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -236,12 +237,15 @@ def test_a_folder_in_use_is_refused_until_it_is_closed(tmp_path: Path) -> None:
     RunFolder(tmp_path, resume=True).close()
 
 
+def stay(connection: Connection) -> None:
+    connection.send("up")
+    time.sleep(3600)
+
+
 def test_a_child_that_outlives_the_run_does_not_hold_its_lock(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, resume=False)
     ours, theirs = multiprocessing.get_context("fork").Pipe()
-    child = multiprocessing.get_context("fork").Process(
-        target=lambda: (theirs.send("up"), time.sleep(600)), daemon=True
-    )
+    child = multiprocessing.get_context("fork").Process(target=stay, args=(theirs,), daemon=True)
     child.start()
     assert ours.recv() == "up"
     with pytest.raises(StateError, match="another process"):
@@ -322,7 +326,7 @@ def full_disk_as_safetensors_says_it(*_: Any, **__: Any) -> None:
     [
         (folder_module, "save_file", full_disk),
         (folder_module, "save_file", full_disk_as_safetensors_says_it),
-        (folder_module.os, "fsync", full_disk),
+        (os, "fsync", full_disk),
         (Path, "replace", full_disk),
     ],
 )

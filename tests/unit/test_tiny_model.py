@@ -50,12 +50,12 @@ def test_its_files_name_no_place() -> None:
         config = json.loads(file.read_text())
         assert "_name_or_path" not in config
         assert str(Path.home()) not in file.read_text()
-        assert not {"/tmp", "/work", "/home"} & {part[:5] for part in _strings(config) if part.startswith("/")}
+        assert not [text for text in _strings(config) if text.startswith("/") and len(text) > 1]
 
 
 def _strings(value: Any) -> list[str]:
     if isinstance(value, dict):
-        return [text for key, inner in value.items() if key != "vocab" for text in _strings(inner)]
+        return [text for key, inner in value.items() if key not in ("vocab", "merges") for text in _strings(inner)]
     if isinstance(value, list):
         return [text for inner in value for text in _strings(inner)]
     return [value] if isinstance(value, str) else []

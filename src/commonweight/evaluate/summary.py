@@ -219,7 +219,8 @@ def _perplexity(metrics: Metrics) -> str:
     if after is None:
         return ""
     new = surprise(perplexity(after))
-    meaning = f"it is as unsure of each next token as if it chose evenly among {number(perplexity(after), 0)} of them"
+    evenly = number(perplexity(after), 0 if perplexity(after) >= 3 else 1)
+    meaning = f"it is as unsure of each next token as if it chose evenly among {evenly} of them"
     if before is None:
         return f"Its perplexity is {new}: {meaning}."
     moves = "falls" if after < before else "rises"
