@@ -64,7 +64,7 @@ class Death:
 
 
 class Nursery:
-    """The interpreter that forks runs; a context manager."""
+    """The interpreter that forks runs; a context manager, which leaves no process behind."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
@@ -127,10 +127,18 @@ def serve() -> None:
     _import_what_a_run_imports_late()
     gc.collect()
     gc.freeze()  # what is not collected stays shared, and need not be looked at again
+    living: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)
-        answer = _exit_code(request["wait"]) if "wait" in request else _fork(request)
+        if "wait" in request:
+            living.discard(request["wait"])
+            answer = _exit_code(request["wait"])
+        else:
+            answer = _fork(request)
+            living.add(answer)
         print(answer, flush=True)
+    for pid in living:  # of tests that failed before they waited
+        os.kill(pid, signal.SIGKILL)
 
 
 def _import_what_a_run_imports_late() -> None:
