@@ -89,7 +89,7 @@ def rank_for_one_mb(model: str) -> int:
 
 
 def loop(num_sites: int, rounds: int) -> dict[str, float]:
-    """The same work by hand: start from the global tensors, add noise, take the difference, look for NaN, fold."""
+    """The same work by hand: start from the global tensors, add noise, take the difference, fold. It checks nothing."""
     torch.set_num_threads(1)
     theta, values, delta = (torch.zeros(UPDATE_FLOATS) for _ in range(3))
     seconds = []
@@ -99,7 +99,6 @@ def loop(num_sites: int, rounds: int) -> dict[str, float]:
             values.copy_(theta)
             values.add_(noise_of(values))
             torch.sub(values, theta, out=delta)
-            assert bool(delta.isfinite().all())
             total.add_(delta)
         theta.add_(total, alpha=1 / num_sites)
         seconds.append(time.perf_counter() - began)

@@ -309,15 +309,11 @@ class Shift:
         heapq.heapify(self.todo)
         for worker in list(self.engine.workers):
             running = [(i, s) for i, s in worker.tasks if isinstance(self.tasks[i], TrainTask)]
-            if not running:
-                continue
-            late += [index for index, _ in running]
-            self.free += [slot for _, slot in running if slot is not None]
-            for index, _ in worker.tasks:
-                if not isinstance(self.tasks[index], TrainTask):
-                    heapq.heappush(self.todo, index)
-            worker.tasks.clear()
-            self.engine._replace(worker)
+            if running:
+                late += [index for index, _ in running]
+                self.free += [slot for _, slot in running if slot is not None]
+                worker.tasks.clear()
+                self.engine._replace(worker)
         for index in late:
             self._finish(index, None, Dropped(self.tasks[index], "the deadline passed", late=True))
 

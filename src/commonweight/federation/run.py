@@ -30,8 +30,7 @@ from .messages import Completed, Dropped, Engine, EvaluateTask, Outcome, TrainTa
 from .round import Answered, Committed, DeadlinePassed, Failed, Phase, Round, answers_needed
 from .tally import Sites, Tally, Timing
 
-#: an accepted update is kept on disk until its round commits if it took its site longer than this; cheaper ones are
-# redone
+#: an accepted update that took its site longer than this is kept on disk until its round commits; others are redone
 KEEP_UPDATES_OVER_S = 1.0
 
 
