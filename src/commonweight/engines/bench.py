@@ -1,12 +1,7 @@
-"""A workbench: one base model with its adapter, every site's data, and the hands that carry out tasks on them.
-
-A site is data here, not a process: its turn begins by copying the global tensors into the model and ends with the
-difference in a slot of memory that the coordinator reads.
-"""
+"""A workbench: one base model with its adapter, and every site's data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +20,6 @@ from ..seeding import derive_seed
 from ..train import batches
 from ..train.local import Objective, Participant
 from ..train.loss import LanguageModel, autocast_dtype
-
-Progress = Callable[[dict[str, Any]], None]
 
 
 @dataclass
