@@ -14,7 +14,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commonweight.data.sites import Site, load_sites
+from commonweight.model.base import TINY_FOLDER
 from commonweight.recipe.load import load_recipe
+from commonweight.recipe.schema import TINY_MODEL
 
 IGNORED = -100
 
@@ -71,8 +73,9 @@ def main() -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     spec = recipe.training
     torch.manual_seed(recipe.seed)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
-    model = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype=torch.float32)
+    source = str(TINY_FOLDER) if recipe.model.name == TINY_MODEL else recipe.model.name
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     adapter = recipe.model.adapter
     config = LoraConfig(r=adapter.r, lora_alpha=adapter.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
