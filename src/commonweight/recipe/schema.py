@@ -18,7 +18,6 @@ DEMO_DATA = "commonweight/consortium"
 
 PROMPT_KINDS = ("prompt", "prefix", "p-tuning")
 LORA_KINDS = ("lora", "dora", "rslora")
-CONTROLS = ("base", "local", "centralised")
 
 
 class Section(BaseModel):
