@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.util import register_after_fork
@@ -31,6 +32,8 @@ from safetensors.torch import load_file, save_file
 from ..errors import StateError, StorageError
 from ..model.tensors import Layout, NamedTensors, accumulator_dtype
 
+#: a worker forked just before its parent was killed holds the lock until it first runs and finds itself orphaned
+_LOCK_WAIT_S = 2.0
 _FOLDERS = ("state", "rounds", "updates", "sites", "controls")
 
 
@@ -66,13 +69,18 @@ class RunFolder:
 
     def _locked(self) -> IO[str]:
         handle = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StateError(
-                f"another process is running in {self.path}",
-                hint="wait for it, or stop it, or choose another folder by -o",
-            ) from error
+        ends = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > ends:
+                    raise StateError(
+                        f"another process is running in {self.path}",
+                        hint="wait for it, or stop it, or choose another folder by -o",
+                    ) from error
+                time.sleep(0.02)
         return handle
 
     def check_journal(self, commits: Mapping[int, Any]) -> None:
