@@ -9,7 +9,10 @@
     │   ├── SiteError                     one site's task failed; the round may go on without it
     │   └── UpdateRefused                 an update broke its contract: shape, non-finite, unknown site …
     ├── StateError                    6   a run's folder is damaged, or does not fit what was asked of it
-    └── StorageError                  7   a folder cannot be written: permissions, a full disk
+    ├── StorageError                  7   a folder, database or blob store cannot be written: permissions, a full disk
+    ├── AccessError                   8   an identity, certificate, token or role is not good enough
+    ├── UnreachableError              9   the other side of a connection cannot be reached
+    └── PolicyError                   10  a site's own policy says no
 
 Exit code 130 means interrupted by Ctrl-C. A message says what was wrong and where; `hint` says what to do; `retry`
 says whether the same command may simply be repeated. Only a defect in commonweight itself ends in a traceback.
@@ -79,3 +82,15 @@ class StateError(CommonweightError):
 
 class StorageError(CommonweightError):
     exit_code = 7
+
+
+class AccessError(CommonweightError):
+    exit_code = 8
+
+
+class UnreachableError(CommonweightError):
+    exit_code = 9
+
+
+class PolicyError(CommonweightError):
+    exit_code = 10

@@ -30,7 +30,7 @@ app = typer.Typer(
     help="Fine-tune one language model across many owners' data without the data leaving its owner.\n\n"
     "Begin with `commonweight demo`, then `commonweight init` for data of your own.",
     epilog="Exit codes: 0 done, 2 recipe or option, 3 data, 4 model, 5 round, 6 run folder, 7 storage, "
-    "130 interrupted, 1 anything else.",
+    "8 identity or role, 9 unreachable, 10 a site's policy, 130 interrupted, 1 anything else.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
