@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import commonweight.cli.main
 import commonweight.launch
 from commonweight.errors import CommonweightError
-from commonweight.federation import run
+from commonweight.federation import shelf
 from commonweight.recipe import Recipe
 
 #: places to die at: (module, class or None, name); several where a function is imported by name
@@ -38,9 +38,9 @@ PLACES: dict[str, list[tuple[str, str | None, str]]] = {
     "journal.keep_update": [("federation.journal", "Journal", "keep_update")],
     "journal.put": [("federation.journal", "Journal", "put")],
     "forget_before": [("federation.folder", "RunFolder", "forget_before")],
-    "forget": [("federation.run", "FederatedRun", "_forget")],
-    "write_state": [("federation.run", "FederatedRun", "_write_state")],
-    "write_tensors": [("federation.run", None, "write_tensors"), ("engines.hand", None, "write_tensors")],
+    "forget": [("federation.shelf", "FolderShelf", "forget")],
+    "write_state": [("federation.global_model", "MemoryModel", "_write")],
+    "write_tensors": [("federation.global_model", None, "write_tensors"), ("federation.shelf", None, "write_tensors"), ("engines.hand", None, "write_tensors")],
     "fold.add": [("strategies.base", "WeightedSum", "add")],
     "round": [("federation.run", "FederatedRun", "_round")],
     "evaluation.final": [("federation.evaluation", "Evaluation", "final")],
@@ -191,7 +191,7 @@ def _command(request: dict[str, Any]) -> int:
 
 
 def _run(request: dict[str, Any]) -> int:
-    run.KEEP_UPDATES_OVER_S = request["keep_updates_over_s"]
+    shelf.KEEP_UPDATES_OVER_S = request["keep_updates_over_s"]
     if request["death"]:
         _arm(Death(**request["death"]), os.getpid())
     try:

@@ -19,9 +19,11 @@ from .federation.controls import run_controls
 from .federation.evaluation import Evaluation
 from .federation.events import Events, Listener, phase_seconds
 from .federation.folder import RunFolder, write_json, write_text
+from .federation.global_model import MemoryModel
 from .federation.journal import Journal
 from .federation.record import Record
 from .federation.run import FederatedRun
+from .federation.shelf import FolderShelf
 from .federation.tally import Sites
 from .model.base import tokenizer_digest
 from .recipe.load import check_methods, load_recipe
@@ -112,10 +114,19 @@ def _train(bench: Bench, sites: Sites, folder: RunFolder, journal: Journal, even
         evaluation = Evaluation(recipe, sites, engine, journal, events)
         engine.broadcast(bench.theta, {})
         evaluation.base()
-        federated = FederatedRun(recipe, sites, strategy, engine, folder, journal, events, evaluation, bench.save)
-        state = federated.run(bench.theta.clone())
-        bench.save(state.theta, folder.path / "adapter", tokenizer=True)
-        digest = state.theta.digest()
+        model = MemoryModel(strategy, bench.theta.clone(), folder, bench.save)
+        shelf = FolderShelf(
+            folder,
+            journal,
+            sites,
+            model.layout,
+            site_state=strategy.site_state,
+            keep_rounds=recipe.output.keep_rounds,
+        )
+        FederatedRun(recipe, lambda: sites, strategy, model, engine, journal, shelf, events, evaluation).run()
+        theta = model.state.theta
+        bench.save(theta, folder.path / "adapter", tokenizer=True)
+        digest = theta.digest()
         events.emit("adapter_saved", folder="adapter", digest=digest)
         if {"local", "centralised"} & set(recipe.evaluation.controls):
             run_controls(recipe, sites, engine, journal, events)

@@ -117,7 +117,7 @@ def test_exit_codes_agree() -> None:
     """In the classes, in the docstring that draws them, in the help, and in the documentation."""
     kinds = {n: k for n, k in vars(errors).items() if isinstance(k, type) and issubclass(k, errors.CommonweightError)}
     by_name = {name: kind.exit_code for name, kind in kinds.items()}
-    drawn = dict(re.findall(r"(\w+Error) +(?:exit code )?(\d)\b", str(errors.__doc__)))
+    drawn = dict(re.findall(r"(\w+Error) +(?:exit code )?(\d+)\b", str(errors.__doc__)))
     assert {name: str(code) for name, code in by_name.items() if name in drawn} == drawn
     assert f"Exit code {errors.EXIT_INTERRUPTED} means interrupted" in str(errors.__doc__)
 

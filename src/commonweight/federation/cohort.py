@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
 from ..errors import RecipeError
 from ..recipe.schema import FederationSpec
 from ..seeding import derive_seed
-from .round import answers_needed
+from .round import Round, answers_needed
 
 
 def choose_cohort(sites: Sequence[str], spec: FederationSpec, *, seed: int, round: int) -> tuple[str, ...]:
     """The sites of one round, uniformly without replacement, in the order of `sites` (the order of folding)."""
-    size = spec.cohort.size(len(sites))
+    size = invited(spec, len(sites))
     if size == len(sites):
         return tuple(sites)
     chosen = set(random.Random(derive_seed(seed, "cohort", round)).sample(range(len(sites)), size))
     return tuple(site for index, site in enumerate(sites) if index in chosen)
+
+
+def invited(spec: FederationSpec, num_sites: int) -> int:
+    """How many sites a round invites: its cohort, and those whom over-selection adds."""
+    return min(num_sites, math.ceil(spec.cohort.size(num_sites) * spec.over_selection - 1e-9))
+
+
+def new_round(number: int, cohort: Sequence[str], spec: FederationSpec, num_sites: int) -> Round:
+    """A round that has just been opened: it closes when as many have answered as the recipe's cohort asks for."""
+    target = spec.cohort.size(num_sites)
+    needed = answers_needed(spec, min(target, len(cohort)))
+    return Round(number, tuple(cohort), needed, target=target if target < len(cohort) else None)
 
 
 def check_cohort(num_sites: int, spec: FederationSpec) -> None:

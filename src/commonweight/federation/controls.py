@@ -26,8 +26,12 @@ from .tally import Sites
 EVERYONE_AT_MOST = 32
 
 
-def control_tasks(recipe: Recipe, sites: Sites) -> list[ChainTask]:
-    """The chains that the recipe asks for, the longest first."""
+def control_tasks(recipe: Recipe, sites: Sites, *, apart: bool = False) -> list[ChainTask]:
+    """The chains that the recipe asks for, the longest first.
+
+    Args:
+        apart: the sites' data lies apart: nobody can pool it, and a local model is tested at home only.
+    """
     cohorts = {
         number: choose_cohort(sites.names, recipe.federation, seed=recipe.seed, round=number)
         for number in range(1, recipe.federation.rounds + 1)
@@ -35,7 +39,7 @@ def control_tasks(recipe: Recipe, sites: Sites) -> list[ChainTask]:
     lrs = {number: lr_in_round(recipe.training, number, recipe.federation.rounds) for number in cohorts}
     generate = recipe.evaluation.exact_match
     tasks = []
-    if "centralised" in recipe.evaluation.controls:
+    if "centralised" in recipe.evaluation.controls and not apart:
         rounds = tuple((n, lrs[n], sum(sites.steps[s] for s in cohort)) for n, cohort in cohorts.items())
         everyone = sites.names
         tasks.append(
@@ -44,7 +48,7 @@ def control_tasks(recipe: Recipe, sites: Sites) -> list[ChainTask]:
             )
         )
     if "local" in recipe.evaluation.controls:
-        everyone = _everyone(recipe, sites)
+        everyone = () if apart else _everyone(recipe, sites)
         for place, site in enumerate(sites.names):
             rounds = tuple((n, lrs[n], sites.steps[site]) for n, cohort in cohorts.items() if site in cohort)
             folder = f"controls/local/{place:03d}"
@@ -60,18 +64,26 @@ def _everyone(recipe: Recipe, sites: Sites) -> tuple[str, ...]:
     return tuple(random.Random(derive_seed(recipe.seed, "everyone")).sample(sites.names, EVERYONE_AT_MOST))
 
 
-def run_controls(recipe: Recipe, sites: Sites, engine: Engine, journal: Journal, events: Events) -> None:
+def run_controls(
+    recipe: Recipe, sites: Sites, engine: Engine, journal: Journal, events: Events, *, apart: bool = False
+) -> None:
     """Carry out the chains that the journal does not have yet.
+
+    Args:
+        apart: the sites' data lies apart. A chain that fails is then left out, with an event.
 
     Raises:
         RoundError: a chain failed; the federated arm's result is not affected.
     """
-    tasks = [task for task in control_tasks(recipe, sites) if journal.get(task.key) is None]
+    tasks = [task for task in control_tasks(recipe, sites, apart=apart) if journal.get(task.key) is None]
     events.emit("controls_started", chains=len(tasks))
     for outcome in engine.run(tasks):
         task = outcome.task
         assert isinstance(task, ChainTask)
         if not isinstance(outcome, Completed):
+            if apart:
+                events.emit("control_missing", arm=task.arm, sites=list(task.sites[:1]), reason=outcome.reason)
+                continue
             raise RoundError(
                 f"the {task.arm} control of {', '.join(task.sites[:3])} failed: {outcome.reason}",
                 hint="the federated adapter is complete; repeat with --resume",

@@ -24,11 +24,19 @@ class Evaluation:
     """Evaluates the base before round 1, the global model as rounds go by, and the result.
 
     Scores do not depend on how sites are grouped into tasks.
+
+    Args:
+        apart: each site is evaluated by a task of its own, and one that cannot be is left out, with an event: so it is
+            where sites come and go. Otherwise a failed evaluation ends the run.
     """
 
-    def __init__(self, recipe: Recipe, sites: Sites, engine: Engine, journal: Journal, events: Events) -> None:
+    def __init__(
+        self, recipe: Recipe, sites: Sites, engine: Engine, journal: Journal, events: Events, *, apart: bool = False
+    ) -> None:
         self.recipe, self.sites, self.engine, self.journal, self.events = recipe, sites, engine, journal, events
+        self.apart = apart
         self._pending: dict[str, Any] = {}
+        self._awaited = 0
 
     def base(self) -> None:
         """The base model's scores and sample answers; the global tensors broadcast must be the initial ones."""
@@ -53,14 +61,16 @@ class Evaluation:
         """The tasks that evaluate the global model after a round, if that is due and not done."""
         if round == 0 or round % self.recipe.evaluation.every or self.journal.get(_curve(round)) is not None:
             return []
-        return self._tasks("global", generate=False)
+        tasks = self._tasks("global", generate=False)
+        self._pending, self._awaited = {}, len(tasks)
+        return tasks
 
     def take(self, round: int, outcome: Outcome) -> None:
         """One outcome of `due(round)`."""
-        self._pending |= _result(outcome)
-        if len(self._pending) == len(self.sites.names):
+        self._pending |= self._result(outcome)
+        self._awaited -= 1
+        if not self._awaited and self._pending:
             self._keep_curve(round, self._pending)
-            self._pending = {}
 
     def final(self) -> None:
         """The result's scores; the global tensors broadcast must be its."""
@@ -77,15 +87,40 @@ class Evaluation:
         prompts = tuple((site, 0) for site in self.sites.names[: self.recipe.evaluation.samples])
         if not prompts or self.journal.get(f"samples/{arm}") is not None:
             return
-        task = SampleTask(prompts, "base" if arm == "base" else "global")
-        self.journal.put(f"samples/{arm}", dict(_result(next(iter(self.engine.run([task]))))))
+        kind = "base" if arm == "base" else "global"
+        tasks = [SampleTask((prompt,), kind) for prompt in prompts] if self.apart else [SampleTask(prompts, kind)]
+        answers: list[Any] = []
+        for outcome in self.engine.run(tasks):
+            answers += self._result(outcome).get("answers", [])
+        self.journal.put(f"samples/{arm}", {"answers": answers})
 
     def _scores(self, arm: str, *, generate: bool) -> dict[str, Any]:
-        return {s: r for o in self.engine.run(self._tasks(arm, generate=generate)) for s, r in _result(o).items()}
+        outcomes = self.engine.run(self._tasks(arm, generate=generate))
+        scores = {site: result for outcome in outcomes for site, result in self._result(outcome).items()}
+        if not scores:
+            raise RoundError(
+                "no site could evaluate the model",
+                hint="what was committed is kept: once the cause is mended, go on with --resume",
+                retry=True,
+            )
+        return scores
+
+    def _result(self, outcome: Outcome) -> Mapping[str, Any]:
+        if isinstance(outcome, Completed):
+            return outcome.result
+        if self.apart:
+            task = outcome.task
+            sites = task.sites if isinstance(task, EvaluateTask) else ()
+            self.events.emit("evaluation_missing", sites=list(sites), reason=outcome.reason)
+            return {}
+        raise RoundError(
+            f"an evaluation failed: {outcome.reason}",
+            hint="what was committed is kept: once the cause is mended, go on with --resume",
+        )
 
     def _tasks(self, arm: str, *, generate: bool) -> list[EvaluateTask]:
-        size = -(-len(self.sites.names) // _TASKS)
         names = self.sites.names
+        size = 1 if self.apart else -(-len(names) // _TASKS)
         parts = [names[start : start + size] for start in range(0, len(names), size)]
         return [EvaluateTask(part, arm, generate) for part in parts]
 
@@ -105,12 +140,3 @@ def macro_loss(scores: Sequence[Mapping[str, Any]]) -> float:
 
 def _curve(round: int) -> str:
     return f"curve/federated/{round:04d}"
-
-
-def _result(outcome: Outcome) -> Mapping[str, Any]:
-    if isinstance(outcome, Completed):
-        return outcome.result
-    raise RoundError(
-        f"an evaluation failed: {outcome.reason}",
-        hint="what was committed is kept: once the cause is mended, go on with --resume",
-    )

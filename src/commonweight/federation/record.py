@@ -18,10 +18,22 @@ BySite = dict[str, Scores]
 
 
 class Record:
-    """Reads a finished run's journal."""
+    """Reads a finished run's journal.
+
+    Figures are of the sites that every arm could be evaluated on; `not_evaluated` names the others.
+    """
 
     def __init__(self, recipe: Recipe, sites: Sites, journal: Journal) -> None:
         self.recipe, self.sites, self.journal = recipe, sites, journal
+        self.evaluated = self._evaluated()
+
+    def _evaluated(self) -> tuple[str, ...]:
+        found = set(self.sites.names)
+        for key in ("scores/base", "scores/federated"):
+            scores = self.journal.get(key)
+            found &= set(scores["sites"]) if scores is not None else found
+        local = {site for site in found if self.journal.get(f"control/local/{site}") is not None}
+        return tuple(site for site in self.sites.names if site in (local or found))
 
     def metrics(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """The whole of metrics.json; `facts` are those that the journal does not know (model, machine, times,
@@ -52,6 +64,7 @@ class Record:
             },
             "privacy": {"dp": "none", "epsilon": None},
             "samples": self._samples(),
+            "not_evaluated": [site for site in self.sites.names if site not in self.evaluated],
             "strategy": {
                 "name": self.recipe.federation.strategy.name,
                 "options": self.recipe.federation.strategy.options,
@@ -61,7 +74,9 @@ class Record:
 
     def _scores(self, key: str) -> BySite | None:
         found = self.journal.get(key)
-        return None if found is None else {site: Scores.from_json(s) for site, s in found["sites"].items()}
+        if found is None:
+            return None
+        return {site: Scores.from_json(found["sites"][site]) for site in self.evaluated}
 
     def _seconds(self, key: str) -> float:
         found = self.journal.get(key)
@@ -108,7 +123,7 @@ class Record:
     def _local(self) -> tuple[BySite, BySite]:
         """Each site's own model on its own rows: after its last round, and at its best on these very rows."""
         last, best = {}, {}
-        for site in self.sites.names:
+        for site in self.evaluated:
             found = self.journal.get(f"control/local/{site}")
             if found is not None:
                 last[site] = Scores.from_json(found["final"][site])
@@ -126,14 +141,15 @@ class Record:
                 **summary,
                 "best_loss": float(best[site].nll.sum() / best[site].tokens.sum()),
                 "best_round": found["best"]["round"],
-                "everyone_loss": found["everyone_loss"],
+                "everyone_loss": found.get("everyone_loss"),
                 "rounds": [point["losses"][site] for point in found["rounds"]],
             }
+        everywhere = [s["everyone_loss"] for s in sites.values()]
         return {
             **arm,
             "seconds": seconds,
             "best_macro_loss": _mean(s["best_loss"] for s in sites.values()),
-            "everyone_macro_loss": _mean(s["everyone_loss"] for s in sites.values()),
+            "everyone_macro_loss": _mean(everywhere) if None not in everywhere else None,
             "sites": sites,
         }
 

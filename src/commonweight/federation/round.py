@@ -1,10 +1,11 @@
 """One round as a pure state machine: events in, a new state and a verdict out. No clock, no tensors, no network.
 
-    OPEN ──(everyone answered or failed, or the deadline passed)──► CLOSED ──(committed)──► COMMITTED
-      └────(too few answered, or too few still can)───────────────► ABANDONED
+    OPEN ──(everyone answered or failed, or enough did, or the deadline passed)──► CLOSED ──(committed)──► COMMITTED
+      └────(too few answered, or too few still can)───────────────────────────────► ABANDONED
 
 An abandoned round leaves the model untouched. Each site is counted at most once, by its first answer; whatever comes
 after a round has closed is refused with a reason. The caller folds an update when, and only when, the verdict says so.
+More sites may be invited than are needed (over-selection): the round closes when `target` of them have answered.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
+from typing import Any
 
 from ..recipe.schema import FederationSpec
 
@@ -76,7 +78,8 @@ class Round:
         needed: answers without which the round is abandoned.
         answered: sites whose update was accepted, in the order of arrival.
         failed: reason by site.
-        late: sites that had not answered when the deadline passed.
+        late: sites that had not answered when the round closed.
+        target: answers that are enough; None: the whole cohort's.
     """
 
     number: int
@@ -86,6 +89,7 @@ class Round:
     answered: tuple[str, ...] = ()
     failed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     late: tuple[str, ...] = ()
+    target: int | None = None
 
     @property
     def waiting(self) -> tuple[str, ...]:
@@ -133,11 +137,40 @@ class Round:
         num_waiting = len(self.cohort) - len(self.answered) - len(self.failed)
         if num_waiting == 0 or len(self.answered) + num_waiting < self.needed:
             return self._closed()
+        if self.target is not None and len(self.answered) >= self.target:
+            return replace(self, late=self.waiting)._closed()
         return self
 
     def _closed(self) -> Round:
         met = len(self.answered) >= self.needed
         return replace(self, phase=Phase.CLOSED if met else Phase.ABANDONED)
+
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` gives an equal round."""
+        return {
+            "number": self.number,
+            "cohort": list(self.cohort),
+            "needed": self.needed,
+            "phase": self.phase.value,
+            "answered": list(self.answered),
+            "failed": dict(self.failed),
+            "late": list(self.late),
+            "target": self.target,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Round:
+        return cls(
+            number=value["number"],
+            cohort=tuple(value["cohort"]),
+            needed=value["needed"],
+            phase=Phase(value["phase"]),
+            answered=tuple(value["answered"]),
+            failed=MappingProxyType(dict(value["failed"])),
+            late=tuple(value["late"]),
+            target=value["target"],
+        )
 
 
 def answers_needed(spec: FederationSpec, cohort_size: int) -> int:

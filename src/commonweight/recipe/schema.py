@@ -320,11 +320,24 @@ class FederationSpec(Section):
         description="Share of the cohort that must answer; a round below it ends the run with an error.",
     )
     min_sites: int = Field(1, ge=1, description="And at least this many sites must answer.")
+    over_selection: float = Field(
+        1.0,
+        ge=1,
+        le=10,
+        description="Invite this many times the cohort, and close a round when as many have answered as the cohort "
+        "asks for: 1.3 spares a round the wait for its slowest sites. Which answers come first decides the result.",
+    )
     deadline_s: float | None = Field(
         None,
         gt=0,
         description="Seconds after which a round closes without those still working. Null: wait for all. "
         "With a deadline the result depends on the machine's speed.",
+    )
+    patience_s: float = Field(
+        10.0,
+        gt=0,
+        description="Networked runs: a round waits this long for a site that is away (unreachable, restarting), as "
+        "long as its quorum can be met without it; without a quorum it waits on, up to `deadline_s`.",
     )
     retries: int = Field(1, ge=0, description="Times a site's task is repeated after its worker died.")
     strategy: MethodField = Field(

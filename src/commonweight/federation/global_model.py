@@ -1,0 +1,116 @@
+"""The global model of a run: what the strategy carries from round to round, and how a round changes it.
+
+`MemoryModel` holds it in this process, and its files lie in the run's folder. A coordinator's model lies in files only
+and is worked on piece by piece (`coordinator/stored_model.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import RoundError
+from ..model.tensors import Layout, NamedTensors, first_non_finite
+from ..strategies.base import Fold, ServerState, Strategy
+from ..strategies.update import Update, check
+from .folder import RunFolder, read_tensors, write_tensors
+from .messages import Engine
+
+
+class GlobalModel(Protocol):
+    """What the loop asks of a global model."""
+
+    @property
+    def layout(self) -> Layout:
+        """Of the global tensors."""
+
+    def first(self) -> dict[str, Any]:
+        """Begin with the initial tensors; what the journal keeps of them as round 0."""
+
+    def restore(self, round: int, record: Mapping[str, Any]) -> None:
+        """Take up the state that `record` names, as a round's commit left it."""
+
+    def announce(self, engine: Engine) -> None:
+        """Make it what the engine's participants start from."""
+
+    def open(self) -> None:
+        """Begin a round."""
+
+    def check(self, update: Update) -> None:
+        """Raises UpdateRefused: the update breaks its contract."""
+
+    def fold(self, update: Update) -> None:
+        """Take in one checked update."""
+
+    def close(self, round: int) -> dict[str, Any]:
+        """End a round with what was folded; what the journal keeps of the new state, which is on disk.
+
+        Raises:
+            RoundError: the result is not finite; the last committed state is untouched.
+        """
+
+
+class MemoryModel:
+    """A global model in this process's memory.
+
+    Args:
+        theta: the initial global tensors, owned from now on; a resumed run takes their layout only.
+        save_adapter: writes global tensors into a folder as an adapter that others can open.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        theta: NamedTensors,
+        folder: RunFolder,
+        save_adapter: Callable[[NamedTensors, Path], None],
+    ) -> None:
+        self.strategy, self.folder, self._theta, self._save_adapter = strategy, folder, theta, save_adapter
+        self.state: ServerState
+        self._fold: Fold
+        self._round = 0
+
+    @property
+    def layout(self) -> Layout:
+        return self._theta.layout
+
+    def first(self) -> dict[str, Any]:
+        self.state = self.strategy.init(self._theta)
+        return self._write(0)
+
+    def restore(self, round: int, record: Mapping[str, Any]) -> None:
+        groups = read_tensors(self.folder.state_file(round), self.layout, sha256=record["sha256"])
+        slots = {name.removeprefix("slot/"): t for name, t in groups.items() if name != "theta"}
+        self.state, self._round = ServerState(groups["theta"], slots), round
+
+    def announce(self, engine: Engine) -> None:
+        slots = self.state.slots
+        engine.broadcast(self.state.theta, {name: slots[name] for name in self.strategy.broadcast_channels})
+
+    def open(self) -> None:
+        self._fold = self.strategy.open(self.state)
+
+    def check(self, update: Update) -> None:
+        check(update, round=self._round + 1, layout=self.layout, channels=self.strategy.update_channels)
+
+    def fold(self, update: Update) -> None:
+        self._fold.add(update)
+
+    def close(self, round: int) -> dict[str, Any]:
+        self.state = self.strategy.close(self.state, self._fold)
+        bad = first_non_finite(self.state.theta)
+        if bad is not None:
+            raise RoundError(
+                f"round {round}: {self.strategy.name}'s step made {bad!r} non-finite; the round was not committed",
+                hint="lower the strategy's lr or the sites' training.lr",
+            )
+        self._round = round
+        self._save_adapter(self.state.theta, self.folder.round_folder(round))
+        return self._write(round)
+
+    def _write(self, round: int) -> dict[str, Any]:
+        state = self.state
+        groups = {"theta": state.theta, **{f"slot/{name}": slot for name, slot in state.slots.items()}}
+        file = self.folder.state_file(round)
+        return {"file": file.name, "sha256": write_tensors(file, groups)}
