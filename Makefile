@@ -2,12 +2,14 @@
 # make test   set everything up, check style, types and import contracts, and pass the tests
 # make bench  print the benchmarks' figures on the built-in model
 # make docs   write the generated pages of docs/ anew
+# make proto  write wire/protocol_pb2.py and .pyi anew from protocol.proto
+# make fuzz   throw broken messages at the receiving side for a minute, or SECONDS=…
 
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint docs bench clean
+.PHONY: setup demo test lint docs proto fuzz bench clean
 
 setup: .venv/.ready
 
@@ -31,6 +33,13 @@ lint: setup
 
 docs: setup
 	$(BIN)/python scripts/write_docs.py
+
+proto: setup
+	PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I src --python_out=src --mypy_out=src \
+		src/commonweight/wire/protocol.proto
+
+fuzz: setup
+	$(BIN)/python scripts/fuzz.py --seconds $(or $(SECONDS),60)
 
 bench: setup
 	$(BIN)/python benchmarks/fold.py --json

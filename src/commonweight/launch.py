@@ -123,7 +123,7 @@ def _train(bench: Bench, sites: Sites, folder: RunFolder, journal: Journal, even
             site_state=strategy.site_state,
             keep_rounds=recipe.output.keep_rounds,
         )
-        FederatedRun(recipe, lambda: sites, strategy, model, engine, journal, shelf, events, evaluation).run()
+        FederatedRun(recipe, lambda _: sites, strategy, model, engine, journal, shelf, events, evaluation).run()
         theta = model.state.theta
         bench.save(theta, folder.path / "adapter", tokenizer=True)
         digest = theta.digest()

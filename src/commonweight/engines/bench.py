@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..data.sites import Site, load_sites
 from ..errors import RecipeError
@@ -14,7 +14,9 @@ from ..model.adapters import attach_adapter, save_adapter
 from ..model.base import Base, choose_device, load_base, weights_digest
 from ..model.tensors import NamedTensors
 from ..model.trainables import Trainables
-from ..recipe.schema import PROMPT_KINDS, Recipe
+from ..recipe.problems import validate
+from ..recipe.schema import PROMPT_KINDS, DataSpec, Method, Recipe
+from ..recipe.source import Source
 from ..registry import resolve
 from ..seeding import derive_seed
 from ..train import batches
@@ -60,8 +62,19 @@ class Bench:
         return derive_seed(self.recipe.seed, "pack", site)
 
 
-def build_bench(recipe: Recipe) -> Bench:
+class Gather(Protocol):
+    """Whence a bench has its sites: `load_sites`, or something of its signature."""
+
+    def __call__(
+        self, spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int
+    ) -> tuple[list[Site], dict[str, Any]]: ...
+
+
+def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
     """Read the data, load the base model, attach the adapter.
+
+    Args:
+        gather: gives the sites and the partition report.
 
     Raises:
         DataError, ModelError, RecipeError: as their parts say.
@@ -69,7 +82,7 @@ def build_bench(recipe: Recipe) -> Bench:
     spec = recipe.model
     base = load_base(spec, choose_device(recipe.engine.device))
     check_context(recipe, base)
-    sites, partition = load_sites(
+    sites, partition = gather(
         recipe.data, seed=recipe.seed, tokenizer=base.tokenizer, max_tokens=recipe.training.max_tokens
     )
     digest = weights_digest(base.model)  # before the adapter's tensors join it
@@ -83,11 +96,17 @@ def build_bench(recipe: Recipe) -> Bench:
             f"training.packing: in model {base.name!r} the examples of a packed sequence would see each other",
             hint="use packing: false with this architecture",
         )
-    kind = resolve("objective", recipe.training.objective.name)
-    objective = kind(kind.Options(**recipe.training.objective.options))
+    objective = _objective(recipe.training.objective)
     theta = NamedTensors(trainables.values.layout, {d: f.cpu().clone() for d, f in trainables.values.flats.items()})
     participant = Participant(language_model, trainables)
     return Bench(recipe, base, model, participant, objective, {s.name: s for s in sites}, theta, partition, digest)
+
+
+def _objective(method: Method) -> Objective:
+    kind = resolve("objective", method.name)
+    options = validate(kind.Options, Source(method.options), ("training", "objective"))
+    objective: Objective = kind(options)
+    return objective
 
 
 def check_context(recipe: Recipe, base: Base) -> None:

@@ -6,31 +6,28 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
 
 from ..data.tokens import concatenate
 from ..evaluate.scoring import score_tokens
 from ..federation.folder import read_tensors, write_tensors
 from ..federation.messages import ChainTask
-from ..model.tensors import NamedTensors
+from ..train.checkpoint import optimizer_state, restore_optimizer
 from ..train.local import LocalWork, make_optimizer
 
 if TYPE_CHECKING:
-    from .hand import Hand
-
-_OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+    from .work import TaskWork
 
 
 class Chain:
     """A control arm under way: tensors and optimizer state are written after each round, so that it can go on."""
 
-    def __init__(self, hand: Hand, task: ChainTask) -> None:
-        self.hand, self.task, self.bench = hand, task, hand.bench
-        self.file = hand.folder / task.folder / "chain.safetensors"
+    def __init__(self, work: TaskWork, task: ChainTask) -> None:
+        self.work, self.task, self.bench = work, task, work.bench
+        self.file = work.folder / task.folder / "chain.safetensors"
         self.tokens = concatenate([self.bench.sites[s].train for s in task.sites])
         self.who = task.sites[0] if task.arm == "local" else f"<{task.arm}>"
-        hand.values.copy_(self.bench.theta)
+        work.values.copy_(self.bench.theta)
         self.optimizer = make_optimizer(self.bench.participant.trainables, self.bench.recipe.training)
         self.points: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
@@ -49,9 +46,10 @@ class Chain:
                 recipe.training,
                 lr=lr,
                 steps=steps,
-                seed=self.hand.work_seed(self.who, number),
+                seed=self.work.seed(self.who, number),
                 pack_seed=self.bench.pack_seed(self.who),
                 optimizer=self.optimizer,
+                interrupted=self.work.interrupted,
             ),
         )
         last = number == self.task.rounds[-1][0]
@@ -62,35 +60,21 @@ class Chain:
         self._save()
 
     def _save(self) -> None:
-        layout, flats = self.hand.values.layout, self.bench.participant.trainables.flat_parameters
-        groups = {"theta": self.hand.values}
-        for name in _OPTIMIZER_STATE:
-            states = [self.optimizer.state.get(parameter, {}).get(name) for parameter in flats]
-            if all(state is not None for state in states):
-                groups[name] = NamedTensors(layout, dict(zip(layout.numels, states, strict=True)))
-        steps = [float(self.optimizer.state.get(parameter, {}).get("step", 0)) for parameter in flats]
+        groups, steps = optimizer_state(self.optimizer, self.bench.participant.trainables)
         record = {"done": self.done, "points": self.points, "best": self.best, "seconds": self.seconds, "steps": steps}
-        write_tensors(self.file, groups, {"chain": json.dumps(record)})
+        write_tensors(self.file, {"theta": self.work.values, **groups}, {"chain": json.dumps(record)})
 
     def _restore(self) -> None:
-        layout, flats = self.hand.values.layout, self.bench.participant.trainables.flat_parameters
-        groups = read_tensors(self.file, layout)
+        groups = read_tensors(self.file, self.work.values.layout)
         with safe_open(self.file, framework="pt") as opened:
             record = json.loads(opened.metadata()["chain"])
-        self.hand.values.copy_(groups.pop("theta"))
-        for k, (dtype, parameter) in enumerate(zip(layout.numels, flats, strict=True)):
-            state: dict[str, Any] = {
-                name: tensors.flats[dtype].to(parameter.device) for name, tensors in groups.items()
-            }
-            if "exp_avg" in state:
-                state["step"] = torch.tensor(record["steps"][k], device=parameter.device)
-            if state:
-                self.optimizer.state[parameter] = state
+        self.work.values.copy_(groups.pop("theta"))
+        restore_optimizer(self.optimizer, self.bench.participant.trainables, groups, record["steps"])
         self.done, self.points = record["done"], record["points"]
         self.best, self.seconds = record["best"], record["seconds"]
 
     def _evaluate(self, number: int) -> None:
-        scores = self.hand.score(self.task.own, generate=False)
+        scores = self.work.score(self.task.own, generate=False)
         losses = {site: sum(s["nll"]) / max(1, sum(s["tokens"])) for site, s in scores.items()}
         self.points.append({"round": number, "losses": losses})
         mean = sum(losses.values()) / len(losses)
@@ -99,7 +83,7 @@ class Chain:
 
     def result(self) -> dict[str, Any]:
         began = time.perf_counter()
-        final = self.hand.score(self.task.own, generate=self.task.generate)
+        final = self.work.score(self.task.own, generate=self.task.generate)
         if self.best is None:  # never invited to a round: the site keeps the base
             self._evaluate(0)
         result: dict[str, Any] = {"rounds": self.points, "final": final, "best": self.best}

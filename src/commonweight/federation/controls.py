@@ -18,7 +18,7 @@ from ..seeding import derive_seed
 from ..train.schedule import lr_in_round
 from .cohort import choose_cohort
 from .events import Events
-from .journal import Journal
+from .journal import RunJournal
 from .messages import ChainTask, Completed, Engine
 from .tally import Sites
 
@@ -65,7 +65,7 @@ def _everyone(recipe: Recipe, sites: Sites) -> tuple[str, ...]:
 
 
 def run_controls(
-    recipe: Recipe, sites: Sites, engine: Engine, journal: Journal, events: Events, *, apart: bool = False
+    recipe: Recipe, sites: Sites, engine: Engine, journal: RunJournal, events: Events, *, apart: bool = False
 ) -> None:
     """Carry out the chains that the journal does not have yet.
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import RoundError
 from ..recipe.schema import PROMPT_KINDS, Recipe
 from .events import Events
-from .journal import Journal
+from .journal import RunJournal
 from .messages import Completed, Engine, EvaluateTask, Outcome, SampleTask
 from .tally import Sites
 
@@ -31,7 +31,7 @@ class Evaluation:
     """
 
     def __init__(
-        self, recipe: Recipe, sites: Sites, engine: Engine, journal: Journal, events: Events, *, apart: bool = False
+        self, recipe: Recipe, sites: Sites, engine: Engine, journal: RunJournal, events: Events, *, apart: bool = False
     ) -> None:
         self.recipe, self.sites, self.engine, self.journal, self.events = recipe, sites, engine, journal, events
         self.apart = apart

@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import StateError, StorageError
 
@@ -23,6 +23,16 @@ CREATE TABLE IF NOT EXISTS updates (
     round INTEGER NOT NULL, site TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (round, site));
 CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, record TEXT NOT NULL);
 """
+
+
+class RunJournal(Protocol):
+    """What the loop asks of a journal, wherever it lies."""
+
+    def last_round(self) -> int: ...
+    def commit(self, round: int, record: Mapping[str, Any]) -> None: ...
+    def commits(self) -> dict[int, dict[str, Any]]: ...
+    def put(self, key: str, record: Mapping[str, Any]) -> None: ...
+    def get(self, key: str) -> dict[str, Any] | None: ...
 
 
 class Journal:

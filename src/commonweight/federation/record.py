@@ -10,7 +10,7 @@ from typing import Any
 
 from ..evaluate.metrics import Scores, compare, macro, macro_interval, summarise
 from ..recipe.schema import Recipe
-from .journal import Journal
+from .journal import RunJournal
 from .tally import Sites
 
 FORMAT = 1
@@ -23,7 +23,7 @@ class Record:
     Figures are of the sites that every arm could be evaluated on; `not_evaluated` names the others.
     """
 
-    def __init__(self, recipe: Recipe, sites: Sites, journal: Journal) -> None:
+    def __init__(self, recipe: Recipe, sites: Sites, journal: RunJournal) -> None:
         self.recipe, self.sites, self.journal = recipe, sites, journal
         self.evaluated = self._evaluated()
 
@@ -82,11 +82,16 @@ class Record:
         found = self.journal.get(key)
         return float(found["seconds"]) if found else 0.0
 
+    def _groups(self, site: str, scores: Scores) -> list[str]:
+        """The group of each score. A site that gives its scores as totals gives one, which is a group of its own."""
+        groups = self.sites.groups[site]
+        return groups if len(groups) == len(scores.nll) else [str(k) for k in range(len(scores.nll))]
+
     def _options(self) -> dict[str, int]:
         return {"resamples": self.recipe.evaluation.resamples, "seed": self.recipe.seed}
 
     def _arm(self, scores: BySite, seconds: float) -> dict[str, Any]:
-        groups, options = self.sites.groups, self._options()
+        groups, options = {site: self._groups(site, s) for site, s in scores.items()}, self._options()
         sites = {site: summarise(s, groups[site], **options) for site, s in scores.items()}
         found = {
             "macro_loss": macro(sites),
@@ -157,8 +162,8 @@ class Record:
         options = self._options()
         return {
             site: {
-                "local": compare(federated[site], local[site], self.sites.groups[site], **options),
-                "local_best": compare(federated[site], best[site], self.sites.groups[site], **options),
+                "local": compare(federated[site], local[site], self._groups(site, local[site]), **options),
+                "local_best": compare(federated[site], best[site], self._groups(site, local[site]), **options),
             }
             for site in local
         }

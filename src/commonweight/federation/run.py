@@ -22,7 +22,7 @@ from .cohort import choose_cohort, new_round
 from .evaluation import Evaluation
 from .events import Events
 from .global_model import GlobalModel
-from .journal import Journal
+from .journal import RunJournal
 from .messages import Dropped, Engine, EvaluateTask, Outcome, TrainTask
 from .round import Answered, Committed, DeadlinePassed, Failed, Phase, Round
 from .shelf import Shelf
@@ -33,17 +33,17 @@ class FederatedRun:
     """The federated arm of a run.
 
     Args:
-        sites: the sites that may be invited; asked before each round, for sites may join on the way.
+        sites: the sites that may be invited to a round; asked for each, for sites may join on the way.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        sites: Callable[[], Sites],
+        sites: Callable[[int], Sites],
         strategy: Strategy,
         model: GlobalModel,
         engine: Engine,
-        journal: Journal,
+        journal: RunJournal,
         shelf: Shelf,
         events: Events,
         evaluation: Evaluation,
@@ -51,7 +51,7 @@ class FederatedRun:
         self.recipe, self.strategy, self.model, self.engine = recipe, strategy, model, engine
         self.journal, self.shelf, self.events, self.evaluation = journal, shelf, events, evaluation
         self._sites = sites
-        self.sites = sites()
+        self.sites = sites(journal.last_round() + 1)
         self.last_answered = self._last_answered()
 
     def run(self) -> None:
@@ -80,7 +80,7 @@ class FederatedRun:
     def _round(self, number: int) -> None:
         """One round, from invitation to commit."""
         spec, timing = self.recipe.federation, Timing()
-        self.sites = self._sites()
+        self.sites = self.evaluation.sites = self._sites(number)
         self.strategy.num_sites = len(self.sites.names)
         cohort = choose_cohort(self.sites.names, spec, seed=self.recipe.seed, round=number)
         round = new_round(number, cohort, spec, len(self.sites.names))

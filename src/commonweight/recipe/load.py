@@ -29,6 +29,7 @@ __all__ = [
     "builtin_text",
     "check_methods",
     "load_recipe",
+    "parse_recipe",
     "recipe_differences",
     "recipe_digest",
     "recipe_text",
@@ -49,6 +50,17 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """
     source = _builtin(str(path)) or read_source(_file_text(Path(path)), Path(path).name)
     return validate(Recipe, apply_overrides(source, overrides, Recipe))
+
+
+def parse_recipe(text: str, label: str) -> Recipe:
+    """Check a recipe that came as text; `label` stands for its file in messages.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    if len(text.encode()) > MAX_BYTES:
+        raise RecipeError(f"{label} is longer than {MAX_BYTES:,} bytes", hint="a recipe is a page of YAML")
+    return validate(Recipe, read_source(text, label))
 
 
 def check_methods(recipe: Recipe) -> None:

@@ -38,7 +38,7 @@ class Update:
 
 
 # float32 must hold a weight and the sum of a cohort's; a count of examples or tokens lies well inside
-_MIN_WEIGHT, _MAX_WEIGHT = 1e-6, 1e15
+MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e15
 
 
 def check(update: Update, *, round: int, layout: Layout, channels: tuple[str, ...]) -> None:
@@ -53,13 +53,10 @@ def check(update: Update, *, round: int, layout: Layout, channels: tuple[str, ..
         raise UpdateRefused(f"{where} answers another round: round {round} is open")
     if set(update.channels) != set(channels):
         raise UpdateRefused(f"{where} carries {sorted(update.channels)}, expected {sorted(channels)}")
-    if not _MIN_WEIGHT <= update.weight <= _MAX_WEIGHT:
-        raise UpdateRefused(
-            f"{where} has weight {update.weight}; it must lie between {_MIN_WEIGHT:g} and {_MAX_WEIGHT:g}"
-        )
+    check_weight(update.weight, update.site, update.round)
     for channel, tensors in update.channels.items():
         if tensors.layout is not layout and tensors.layout != layout:
-            raise UpdateRefused(f"{where} does not fit in {channel!r}: {_mismatch(tensors.layout, layout)}")
+            raise UpdateRefused(f"{where} does not fit in {channel!r}: {mismatch(tensors.layout, layout)}")
         bad = first_non_finite(tensors)
         if bad is not None:
             raise UpdateRefused(
@@ -68,7 +65,17 @@ def check(update: Update, *, round: int, layout: Layout, channels: tuple[str, ..
             )
 
 
-def _mismatch(got: Layout, expected: Layout) -> str:
+def check_weight(weight: float, site: str, round: int) -> None:
+    """Raises UpdateRefused: an update's weight is not between 1e-6 and 1e15."""
+    if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+        raise UpdateRefused(
+            f"the update of site {site!r} for round {round} has weight {weight}; it must lie between {MIN_WEIGHT:g} "
+            f"and {MAX_WEIGHT:g}"
+        )
+
+
+def mismatch(got: Layout, expected: Layout) -> str:
+    """How one layout differs from another, in words."""
     missing = expected.by_name.keys() - got.by_name.keys()
     extra = got.by_name.keys() - expected.by_name.keys()
     if missing or extra:

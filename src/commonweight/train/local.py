@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -21,8 +23,21 @@ from ..model.trainables import Trainables
 from ..recipe.schema import TrainingSpec
 from . import batches
 from .batches import Batch
+from .checkpoint import Checkpoint, Sums, restore, state_of
 from .corrections import Correction, NoCorrection
 from .loss import LanguageModel
+
+
+class Cancelled(SiteError):
+    """The work was stopped because nobody wants it any more."""
+
+
+def never() -> bool:
+    return False
+
+
+def untold(steps: int) -> None:
+    pass
 
 
 @dataclass
@@ -46,6 +61,10 @@ class LocalWork:
         pack_seed: decides which examples share a packed sequence; the same in every round.
         correction: what the strategy changes in the gradient.
         optimizer: one to go on with, or None for a fresh one.
+        checkpoint: keeps the work's state from time to time, so that a killed process goes on from there. Objectives
+            that replace `work` do without.
+        interrupted: asked before each step; True stops the work with `Cancelled`.
+        progress: told before each step how many are done.
     """
 
     tokens: Tokens
@@ -56,6 +75,9 @@ class LocalWork:
     pack_seed: int = 0
     correction: Correction | None = None
     optimizer: Optimizer | None = None
+    checkpoint: Checkpoint | None = None
+    interrupted: Callable[[], bool] = never
+    progress: Callable[[int], None] = untold
 
 
 @dataclass(frozen=True)
@@ -87,11 +109,16 @@ class Objective(ABC):
 
         Raises:
             SiteError: the loss is not finite; the values are then worthless and the update must not be sent.
+            Cancelled: `task.interrupted` said so.
         """
 
 
 class GradientObjective(Objective):
-    """An objective with a gradient: minimise a sum over label tokens by an optimizer."""
+    """An objective with a gradient: minimise a sum over label tokens by an optimizer.
+
+    Checkpoints hold values, optimizer, random numbers and sums. A subclass that remembers anything else from step to
+    step replaces `work`.
+    """
 
     @abstractmethod
     def backward(self, language_model: LanguageModel, batch: Batch, scale: float) -> float:
@@ -103,19 +130,29 @@ class GradientObjective(Objective):
         torch.manual_seed(task.seed)
         rows = batches.sequences(task.tokens, spec, task.pack_seed)
         optimizer = task.optimizer or make_optimizer(participant.trainables, spec)
+        state = task.checkpoint.load() if task.checkpoint is not None else None
+        sums = Sums() if state is None else restore(state, participant.trainables, optimizer)
         set_lr(optimizer, task.lr)
-        examples = labels = 0
-        nats = 0.0
-        for step, batch in enumerate(batches.order(rows, batch_size=spec.batch_size, steps=task.steps, seed=task.seed)):
-            batch_nats, batch_labels = self._step(participant, optimizer, task, batch)
-            if not math.isfinite(batch_nats):
-                raise SiteError(
-                    f"the training loss became {batch_nats} at local step {step + 1}",
-                    hint="lower training.lr, set training.clip_norm, or look for broken rows in the site's data",
-                )
-            nats, labels = nats + batch_nats, labels + batch_labels
-            examples += sum(len(row) for row in batch)
-        return LocalResult(examples, labels, task.steps, nats / max(1, labels))
+        order = batches.order(rows, batch_size=spec.batch_size, steps=task.steps, seed=task.seed)
+        for batch in islice(order, sums.steps, None):
+            if task.interrupted():
+                raise Cancelled(f"the work was stopped after {sums.steps} of {task.steps} local steps")
+            task.progress(sums.steps)
+            self._add_step(sums, batch, *self._step(participant, optimizer, task, batch))
+            if task.checkpoint is not None and sums.steps < task.steps and task.checkpoint.due():
+                task.checkpoint.save(state_of(sums, participant.trainables, optimizer))
+        return LocalResult(sums.examples, sums.labels, task.steps, sums.nats / max(1, sums.labels))
+
+    def _add_step(self, sums: Sums, batch: batches.Rows, nats: float, labels: int) -> None:
+        if not math.isfinite(nats):
+            raise SiteError(
+                f"the training loss became {nats} at local step {sums.steps + 1}",
+                hint="lower training.lr, set training.clip_norm, or look for broken rows in the site's data",
+            )
+        sums.steps += 1
+        sums.nats += nats
+        sums.labels += labels
+        sums.examples += sum(len(row) for row in batch)
 
     def _step(
         self, participant: Participant, optimizer: Optimizer, task: LocalWork, batch: batches.Rows

@@ -9,6 +9,7 @@ Control messages are protobuf. The two methods of Transfer carry tensors and byp
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,10 @@ import grpc
 from google.protobuf.message import Message
 
 from . import protocol_pb2 as pb
+from .decode import decode
+from .refusals import Refused
+
+_log = logging.getLogger(__name__)
 
 #: versions of the protocol that this program speaks
 PROTOCOL_MIN = PROTOCOL_MAX = 1
@@ -103,14 +108,33 @@ def channel_options(*, keepalive_s: float = 60.0) -> list[tuple[str, Any]]:
     ]
 
 
-def handler(methods: Mapping[str, Method], implementation: Any) -> grpc.GenericRpcHandler:
+def reader(kind: type[Message] | None) -> Callable[[bytes], Message] | None:
+    """What turns bytes into messages of a kind; None, which leaves them as they are, for raw bytes.
+
+    Bytes that cannot be read become an empty message. gRPC would hand None to whoever waits for it, or end the call
+    with a traceback in the log; an empty message is what the other side might send anyway, and is refused as such.
+    """
+    if kind is None:
+        return None
+
+    def read(raw: bytes) -> Message:
+        try:
+            return decode(kind, raw)
+        except Refused as refused:
+            _log.warning("%s", refused.message)
+            return kind()
+
+    return read
+
+
+def handler(methods: Mapping[str, Method], implementation: Any) -> grpc.GenericRpcHandler[Any, Any]:
     """Serve a table of methods by the attributes of `implementation` that bear their names."""
     handlers = {}
     for name, method in methods.items():
         make = getattr(grpc, f"{method.kind}_rpc_method_handler")
         handlers[name] = make(
             getattr(implementation, name),
-            request_deserializer=None if method.request is None else method.request.FromString,
+            request_deserializer=reader(method.request),
             response_serializer=None if method.reply is None else method.reply.SerializeToString,
         )
     service = next(iter(methods.values())).service
@@ -124,6 +148,6 @@ def stub(channel: Any, methods: Mapping[str, Method]) -> dict[str, Callable[...,
         calls[name] = getattr(channel, method.kind)(
             method.path,
             request_serializer=None if method.request is None else method.request.SerializeToString,
-            response_deserializer=None if method.reply is None else method.reply.FromString,
+            response_deserializer=reader(method.reply),
         )
     return calls

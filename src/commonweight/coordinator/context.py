@@ -1,0 +1,122 @@
+"""What the services of one replica share."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from ..errors import AccessError
+from ..identity.authority import Authority
+from ..identity.certificates import Holder, holder_of
+from ..identity.keys import AUDIT, SigningKey
+from ..wire.protocol_pb2 import AuditHead
+from ..wire.refusals import Refusal, Refused
+from .blobs import Blobs
+from .frame_files import FrameFiles
+from .hub import Hub
+from .lanes import Lanes
+from .metrics import Metrics
+from .plans import Plans, RunPlan
+from .presence import Presence
+from .receive import Receiver
+from .settings import CoordinatorSettings
+from .store import Store
+from .vault import Vault
+
+R = TypeVar("R")
+
+#: threads for the database: calls are short, and a writer waits for the one before
+_STORE_THREADS = 16
+
+
+class Context:
+    """One replica's parts. Make it inside the event loop.
+
+    Args:
+        folder: the coordinator's folder.
+    """
+
+    def __init__(self, folder: Path, settings: CoordinatorSettings) -> None:
+        self.folder, self.settings = folder, settings
+        self.replica = f"{settings.name}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:6]}"
+        self.scratch = folder / "scratch"
+        self.store = Store(settings.database_url(folder))
+        self.blobs = Blobs(settings.blobs_url(folder), self.scratch / "blobs", **settings.blob_options)
+        self.vault = Vault.open(folder / "master.key")
+        self.authority = Authority.load(folder / "authority")
+        self.signing_key = SigningKey.load(folder / "server" / "signing.key")
+        self.plans = Plans(self.store)
+        self.metrics = Metrics()
+        limit = settings.max_upload_mb << 20
+        self.receiver = Receiver(self.store, self.blobs, self.vault, self.plans, self.scratch, max_bytes=limit)
+        self.presence = Presence(self.store, self.replica, fresh_s=3 * settings.heartbeat_s + 2)
+        self._store_pool = ThreadPoolExecutor(_STORE_THREADS, thread_name_prefix="store")
+        self._crunch_pool = ThreadPoolExecutor(os.cpu_count() or 2, thread_name_prefix="crunch")
+        self.hub = Hub(self.store, self.away)
+        self.lanes = Lanes(settings.transfers_at_once)
+        self._files: dict[str, FrameFiles] = {}
+        self._lock = threading.Lock()
+
+    async def away(self, function: Callable[..., R], *args: Any) -> R:
+        """Run a function that may wait for the database or a disk, away from the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._store_pool, partial(function, *args))
+
+    async def crunch(self, function: Callable[..., R], *args: Any) -> R:
+        """Run a function that keeps a core busy, away from the event loop; as many at once as there are cores."""
+        return await asyncio.get_running_loop().run_in_executor(self._crunch_pool, partial(function, *args))
+
+    def files(self, run: str) -> FrameFiles:
+        """The frames of one run."""
+        with self._lock:
+            if run not in self._files:
+                self._files[run] = FrameFiles(self.blobs, self.scratch, run)
+            return self._files[run]
+
+    def plan_for(self, run: str, holder: Holder) -> RunPlan:
+        """A run's plan, if it is any business of the caller's.
+
+        Raises:
+            Refused: there is no such run.
+            AccessError: it was not submitted for this site.
+        """
+        plan = self.plans.of(run)
+        if plan is None:
+            raise Refused(Refusal.UNKNOWN_RUN, f"there is no run {run!r}")
+        if holder.role == "site" and plan.job.sites and holder.name not in plan.job.sites:
+            raise AccessError(f"run {plan.job.name!r} is not for site {holder.name!r}")
+        return plan
+
+    def audit_head(self) -> AuditHead:
+        """The head of the audit log, signed, for others to keep."""
+        sequence, digest = self.store.audit_head()
+        signature = self.signing_key.sign(AUDIT, sequence.to_bytes(8, "big") + digest)
+        return AuditHead(sequence=sequence, hash=digest, signature=signature)
+
+    def renew(self, holder: Holder, request: bytes) -> bytes:
+        """A new certificate for someone who still holds a good one: the same name, role and signing key."""
+        pem = self.authority.issue(
+            request,
+            name=holder.name,
+            role=holder.role,
+            signing_key=holder.signing_key,
+            hours=self.settings.certificate_hours,
+        )
+        issued = holder_of(pem)
+        self.store.add_certificate(issued.serial, holder.name, issued.not_after)
+        return pem
+
+    def close(self) -> None:
+        self._store_pool.shutdown(wait=True, cancel_futures=True)
+        self._crunch_pool.shutdown(wait=True, cancel_futures=True)
+        self.receiver.close()
+        for files in self._files.values():
+            files.close()
+        self.store.close()

@@ -1,0 +1,349 @@
+"""The network engine: tasks become rows that replicas push to attending sites; outcomes are what the sites sent back.
+
+Nothing is held here that a crash could lose. A task's id follows from what it is, so that a coordinator that was killed
+asks for the same tasks again and finds the answers that came meanwhile; a site that returns is offered what is still
+open. Waiting is for a notice on the bus; there is no polling on the path of a round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from ..errors import CommonweightError, SiteError
+from ..federation.cohort import new_round
+from ..federation.events import Events
+from ..federation.messages import (
+    ChainTask,
+    Completed,
+    Dropped,
+    EvaluateTask,
+    Outcome,
+    SampleTask,
+    Task,
+    TrainTask,
+)
+from ..federation.round import DeadlinePassed, Failed, Phase, Round
+from ..model.tensors import NamedTensors
+from ..wire.manifest import parse_manifest
+from ..wire.protocol_pb2 import SignedManifest
+from .answers import checked_result
+from .blobs import Blobs
+from .plans import RunPlan
+from .presence import Presence
+from .receive import weight_of
+from .store import Lease, Store, TaskRow, Upload
+from .stored_model import StoredUpdate
+from .vault import Vault
+
+_KINDS: dict[type[Task], str] = {
+    TrainTask: "train",
+    EvaluateTask: "evaluate",
+    ChainTask: "chain",
+    SampleTask: "sample",
+}
+#: without a notice, the state is looked at this often: for deadlines, and for sites that went away
+_LOOK_S = 0.5
+
+
+class Stopped(CommonweightError):
+    """This replica stops leading the run: it is shutting down, or another one leads. The run goes on elsewhere."""
+
+
+class Cancelled(CommonweightError):
+    """Somebody who may do so has cancelled the run."""
+
+
+@dataclass
+class Led:
+    """One run as its leader sees it.
+
+    Args:
+        lease: the current lease; renewed by the leader's thread.
+        stop: asked between steps: why to stop, or nothing.
+    """
+
+    lease: Lease
+    stop: Callable[[], CommonweightError | None]
+
+    def check(self) -> None:
+        """Raises Stopped or Cancelled when the run must not go on here."""
+        reason = self.stop()
+        if reason is not None:
+            raise reason
+
+
+class NetworkEngine:
+    """An engine over the sites of one run.
+
+    Args:
+        flush: told when there is nothing to do but wait: events may be written out.
+    """
+
+    def __init__(
+        self,
+        led: Led,
+        plan: RunPlan,
+        store: Store,
+        blobs: Blobs,
+        vault: Vault,
+        presence: Presence,
+        events: Events,
+        flush: Callable[[], None],
+    ) -> None:
+        self.led, self.plan, self.store, self.blobs, self.vault = led, plan, store, blobs, vault
+        self.presence, self.events, self.flush = presence, events, flush
+        self.run_id = plan.job.id
+        self.base = ""
+        self.num_sites = 0
+
+    def announce(self, base: str) -> None:
+        """Make the frame of this digest what tasks start from."""
+        self.base = base
+
+    def broadcast(self, theta: NamedTensors, further: Mapping[str, NamedTensors]) -> None:
+        raise NotImplementedError("a networked run's tensors are frames; see `announce`")
+
+    def run(self, tasks: Sequence[Task], *, deadline_s: float | None = None) -> Iterator[Outcome]:
+        return Errand(self, tasks, deadline_s).outcomes() if tasks else iter(())
+
+    def task_id(self, task: Task | None, kind: str, site: str, round: int, attempt: int) -> str:
+        """The same for the same task, whoever asks for it and how often."""
+        body = json.dumps(asdict(task), sort_keys=True) if task is not None else ""
+        parts = [self.run_id, kind, site, str(round), str(attempt), self.base if kind != "join" else "", body]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+    def row(self, task: Task, round: int, deadline_at: float | None, attempt: int = 0) -> TaskRow:
+        kind, site = _KINDS[type(task)], site_of(task)
+        return TaskRow(
+            id=self.task_id(task, kind, site, round, attempt),
+            run=self.run_id,
+            round=round,
+            site=site,
+            kind=kind,
+            body=json.dumps(asdict(task)).encode(),
+            base=self.base,
+            deadline_at=deadline_at,
+        )
+
+    def stored_update(self, task: TrainTask, upload: Upload) -> StoredUpdate:
+        """An accepted upload as an update whose tensors stay where they are."""
+        manifest = parse_manifest(SignedManifest(manifest=upload.manifest, signature=upload.signature))
+        assert upload.data_key is not None
+        key = self.vault.unwrap(upload.data_key, f"{upload.run}/{upload.round}/{upload.site}")
+        return StoredUpdate(
+            task.site,
+            task.round,
+            {},
+            weight=weight_of(manifest, self.plan),
+            num_examples=manifest.num_examples,
+            num_label_tokens=manifest.num_label_tokens,
+            num_steps=manifest.num_steps,
+            metrics=manifest.metrics,
+            frame=manifest.frame,
+            path=self.blobs.open_local(upload.blob),
+            key=key,
+        )
+
+
+def site_of(task: Task) -> str:
+    """The one site that a task is for: over a network no task is for several."""
+    match task:
+        case TrainTask(site=site):
+            return site
+        case EvaluateTask(sites=(site,)) | ChainTask(sites=(site,)):
+            return site
+        case SampleTask(prompts=((site, _),)):
+            return site
+    raise ValueError(f"over a network a task is for one site: {task}")
+
+
+class Errand:
+    """One `run`: its tasks, what is known of them, and the round that they belong to if they train."""
+
+    def __init__(self, engine: NetworkEngine, tasks: Sequence[Task], deadline_s: float | None) -> None:
+        self.engine, self.tasks, self.store = engine, tasks, engine.store
+        self.spec = engine.plan.recipe.federation
+        trains = [task for task in tasks if isinstance(task, TrainTask)]
+        self.round = trains[0].round if trains else 0
+        self.trains = {task.site: task for task in trains}
+        deadline_at = self.store.database.clock() + deadline_s if deadline_s is not None and trains else None
+        self.deadline_at = deadline_at
+        self.rows = [engine.row(task, self.round, None) for task in tasks]
+        self.outcome_of: dict[int, Outcome] = {}
+        self.decided: set[int] = set()
+        self.waits: set[str] = set()
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """In the order of the tasks."""
+        news = threading.Event()
+        bus = self.store.bus
+        with bus.subscribe(f"run/{self.engine.run_id}", news.set), bus.subscribe("sites", news.set):
+            self._begin()
+            for index in range(len(self.tasks)):
+                while index not in self.decided:
+                    self.engine.led.check()
+                    news.clear()
+                    self._look()
+                    if index not in self.decided:
+                        self.engine.flush()
+                        news.wait(self._patience())
+                yield self.outcome_of.pop(index)
+
+    def _decide(self, index: int, outcome: Outcome) -> None:
+        self.decided.add(index)
+        self.outcome_of[index] = outcome
+
+    def _begin(self) -> None:
+        """Open the round, or go on with it, and put out the tasks that are not out yet."""
+        lease, round = self.engine.led.lease, None
+        if self.trains:
+            fresh = new_round(self.round, tuple(self.trains), self.spec, self.engine.num_sites)
+            found = self.store.round_state(lease.run, self.round)
+            if found is not None and found[0].phase is Phase.ABANDONED:
+                fresh = reopened(found[0])
+            round, _ = self.store.open_round(lease, fresh, self.engine.base)
+        known = {row.id: row for row in self.store.tasks(lease.run, self.round)}
+        new = []
+        for index, task in enumerate(self.tasks):
+            standing, attempt = self._standing(task, known)
+            if standing is not None:
+                self.rows[index] = standing
+                if isinstance(task, TrainTask):
+                    self.deadline_at = standing.deadline_at
+            elif round is None or not isinstance(task, TrainTask) or task.site in round.waiting:
+                deadline_at = self.deadline_at if isinstance(task, TrainTask) else None
+                self.rows[index] = self.engine.row(task, self.round, deadline_at, attempt)
+                new.append(self.rows[index])
+        self.store.add_tasks(lease, new)
+
+    def _standing(self, task: Task, known: Mapping[str, TaskRow]) -> tuple[TaskRow | None, int]:
+        """The row of a task that is out already and not in vain, and the number of rows that were in vain."""
+        attempt = 0
+        while (row := known.get(self.engine.row(task, self.round, None, attempt).id)) is not None:
+            if row.is_open or row.state == "done":
+                return row, attempt
+            attempt += 1
+        return None, attempt
+
+    def _patience(self) -> float:
+        if self.deadline_at is None:
+            return _LOOK_S
+        return max(0.01, min(_LOOK_S, self.deadline_at - self.store.database.clock()))
+
+    # --- looking at what is known
+
+    def _look(self) -> None:
+        """Take in replies, failures, absences and the deadline."""
+        known = {row.id: row for row in self.store.tasks(self.engine.run_id, self.round)}
+        round = self._round_now()
+        for index, task in enumerate(self.tasks):
+            if index in self.decided:
+                continue
+            row = known.get(self.rows[index].id)
+            if row is None:
+                continue
+            if isinstance(task, TrainTask) and round is not None:
+                self._train(index, row, round, known)
+            else:
+                self._other(index, task, row)
+        if round is not None and round.phase is Phase.OPEN:
+            round = self._absences(round)
+        if round is not None:
+            self._settle(round)
+
+    def _round_now(self) -> Round | None:
+        found = self.store.round_state(self.engine.run_id, self.round) if self.trains else None
+        return found[0] if found is not None else None
+
+    def _train(self, index: int, row: TaskRow, round: Round, known: Mapping[str, TaskRow]) -> None:
+        """A training task that its site could not or would not do. One that was done shows in the round."""
+        if row.state not in ("failed", "refused") or row.site not in round.waiting:
+            return
+        _, attempts = self._standing(self.tasks[index], known)
+        if row.state == "failed" and attempts <= self.spec.retries:
+            self.engine.events.emit("task_repeated", round=self.round, site=row.site, reason=row.reason)
+            self.rows[index] = self.engine.row(self.tasks[index], self.round, self.deadline_at, attempts)
+            self.store.add_tasks(self.engine.led.lease, [self.rows[index]])
+            return
+        why = f"its policy refused: {row.reason}" if row.state == "refused" else row.reason
+        self.store.apply(row.run, self.round, Failed(row.site, self.round, why))
+
+    def _other(self, index: int, task: Task, row: TaskRow) -> None:
+        match row.state:
+            case "done":
+                self._decide(index, _answered(task, row))
+            case "refused":
+                self._decide(index, Dropped(task, f"its policy refused: {row.reason}"))
+            case "failed":
+                self._decide(index, Dropped(task, row.reason))
+            case "withdrawn":
+                self._decide(index, Dropped(task, row.reason or "it was withdrawn"))
+            case _:
+                away = self.engine.presence.away_for(row.site)
+                if away is not None and away > self.spec.patience_s:
+                    reason = f"the site has been away for {away:.0f} s"
+                    self.store.withdraw(self.engine.led.lease, [row.id], reason)
+                    self._decide(index, Dropped(task, reason))
+
+    def _absences(self, round: Round) -> Round:
+        """Give up sites that have been away for too long, if the quorum can be had without them; and the deadline."""
+        if self.deadline_at is not None and self.store.database.clock() >= self.deadline_at:
+            self.store.apply(self.engine.run_id, self.round, DeadlinePassed(self.round), lease=self.engine.led.lease)
+            return self._round_now() or round
+        away = {site: self.engine.presence.away_for(site) for site in round.waiting}
+        gone = {site: seconds for site, seconds in away.items() if seconds is not None}
+        for site in gone:
+            if site not in self.waits:
+                self.waits.add(site)
+                self.engine.events.emit("site_away", round=self.round, site=site)
+        for site in [site for site in self.waits if site not in gone and site in round.waiting]:
+            self.waits.discard(site)
+            self.engine.events.emit("site_back", round=self.round, site=site)
+        lost = {site: seconds for site, seconds in gone.items() if seconds > self.spec.patience_s}
+        present = len(round.waiting) - len(lost)
+        if not lost or len(round.answered) + present < round.needed:
+            return round
+        for site, seconds in lost.items():
+            reason = f"away for {seconds:.0f} s"
+            self.store.apply(self.engine.run_id, self.round, Failed(site, self.round, reason))
+        return self._round_now() or round
+
+    def _settle(self, round: Round) -> None:
+        """Outcomes that follow from the round's state."""
+        fresh = [i for i, t in enumerate(self.tasks) if isinstance(t, TrainTask) and i not in self.decided]
+        uploads: dict[str, Upload] = {}
+        if any(site_of(self.tasks[index]) in round.answered for index in fresh):
+            uploads = {u.site: u for u in self.store.accepted_uploads(self.engine.run_id, self.round)}
+        closed = round.phase is not Phase.OPEN
+        late = []
+        for index in fresh:
+            task = self.tasks[index]
+            assert isinstance(task, TrainTask)
+            if task.site in uploads:
+                self._decide(index, Completed(task, self.engine.stored_update(task, uploads[task.site])))
+            elif task.site in round.failed:
+                self._decide(index, Dropped(task, round.failed[task.site]))
+                late.append(self.rows[index].id)
+            elif closed:
+                enough = round.target is not None and len(round.answered) >= round.target
+                why = "the round had enough answers" if enough else "the deadline passed"
+                self._decide(index, Dropped(task, why, late=True))
+                late.append(self.rows[index].id)
+        if late:
+            self.store.withdraw(self.engine.led.lease, late, f"round {self.round} is {round.phase.value}")
+
+
+def _answered(task: Task, row: TaskRow) -> Outcome:
+    try:
+        return Completed(task, result=checked_result(task, row.result))
+    except SiteError as error:
+        return Dropped(task, error.message)
+
+
+def reopened(round: Round) -> Round:
+    """A round that was abandoned, tried again: who has answered stays, who has failed is asked again."""
+    return replace(round, phase=Phase.OPEN, failed={}, late=())

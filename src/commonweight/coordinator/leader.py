@@ -1,0 +1,128 @@
+"""Which runs this replica leads: claimed under a lease, renewed while they go on, given up when it shuts down."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from contextlib import suppress
+from functools import partial
+
+from ..errors import CommonweightError
+from .conduct import Conductor
+from .context import Context
+from .engine import Cancelled, Led, Stopped
+from .store import Lease, LeaseLost
+
+_log = logging.getLogger(__name__)
+
+#: a run whose leading failed for want of a database or a blob store is tried again after this
+_PAUSE_S = 2.0
+
+
+class Leader:
+    """Leads as many runs as there are to lead. One thread watches and renews; each run has a thread of its own."""
+
+    def __init__(self, context: Context) -> None:
+        self.here = context
+        self.store, self.lease_s = context.store, context.settings.lease_s
+        self._leases: dict[str, Lease] = {}
+        self._threads: dict[str, threading.Thread] = {}
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._news = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="leader", daemon=True)
+        self._renewed_at: dict[str, float] = {}
+
+    def start(self) -> None:
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """Stop leading: every run ends its step, and its lease is free at once for another replica."""
+        self._stopping.set()
+        self._news.set()
+        for thread in list(self._threads.values()):
+            thread.join(timeout=self.lease_s)
+        if self._watcher.is_alive():
+            self._watcher.join(timeout=self.lease_s)
+
+    def leads(self) -> list[str]:
+        with self._lock:
+            return sorted(self._leases)
+
+    def _watch(self) -> None:
+        with self.store.bus.subscribe("run/", self._news.set):
+            while not self._stopping.is_set():
+                try:
+                    self._renew()
+                    for run in self.store.claimable():
+                        self._claim(run)
+                except CommonweightError as error:
+                    _log.warning("runs cannot be led just now: %s", error.message)
+                self.here.metrics.leading.set(len(self._leases))
+                # a run that becomes waiting is told of on the bus; so is every step of those that are led
+                self._stopping.wait(0.02)
+                self._news.wait(self.lease_s / 4)
+                self._news.clear()
+
+    def _renew(self) -> None:
+        for run, lease in list(self._leases.items()):
+            if time.monotonic() - self._renewed_at[run] < self.lease_s / 4:
+                continue
+            try:
+                self.store.renew(lease, self.lease_s)
+                self._renewed_at[run] = time.monotonic()
+            except LeaseLost:
+                _log.warning("run %s is led by another replica by now", run)
+                self._drop(run)
+
+    def _claim(self, run: str) -> None:
+        with self._lock:
+            if run in self._threads or self._stopping.is_set():
+                return
+        lease = self.store.claim(run, self.here.replica, self.lease_s)
+        if lease is None:
+            return
+        with self._lock:
+            self._leases[run] = lease
+            self._renewed_at[run] = time.monotonic()
+            thread = threading.Thread(target=self._lead, args=(lease,), name=f"run-{run[:8]}", daemon=True)
+            self._threads[run] = thread
+        thread.start()
+
+    def _drop(self, run: str) -> None:
+        with self._lock:
+            self._leases.pop(run, None)
+
+    def _lead(self, lease: Lease) -> None:
+        run = lease.run
+        led = Led(lease, partial(self._reason_to_stop, run))
+        try:
+            Conductor(self.here, led).conduct()
+        except CommonweightError as error:
+            _log.warning("run %s pauses: %s", run, error.message)
+            self._stopping.wait(_PAUSE_S)
+        except Exception as error:
+            _log.exception("run %s failed in a way that it should not", run)
+            self._fail(lease, error)
+        finally:
+            self._drop(run)
+            with suppress(CommonweightError):  # lost already, or the database is away: it runs out by itself
+                self.store.release(lease)
+            with self._lock:
+                self._threads.pop(run, None)
+            self._news.set()
+
+    def _fail(self, lease: Lease, error: Exception) -> None:
+        message = f"the coordinator failed in a way that it should not: {type(error).__name__}: {error}"
+        try:
+            self.store.set_run_state(lease.run, "failed", error=message, hint="please report it", lease=lease)
+        except CommonweightError as again:
+            _log.warning("run %s: %s", lease.run, again.message)
+
+    def _reason_to_stop(self, run: str) -> CommonweightError | None:
+        """Why a run must not go on here, if so."""
+        if self._stopping.is_set() or run not in self._leases:
+            return Stopped("this replica stops leading the run")
+        cancelled_by = self.store.run_row(run).cancelled_by
+        return Cancelled(f"cancelled by {cancelled_by}") if cancelled_by else None

@@ -1,0 +1,88 @@
+"""What a run needs to be known for on every replica: its recipe, its strategy, the shape of its tensors."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..errors import RecipeError, StateError
+from ..model.tensors import Layout
+from ..recipe.load import check_methods, parse_recipe
+from ..recipe.schema import Recipe
+from ..registry import resolve
+from ..strategies.base import Strategy, SumStrategy
+from ..wire.frames import Channel, Frame, parse_header
+from ..wire.protocol_pb2 import Job
+from ..wire.refusals import Refusal, Refused
+from .store import Store
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run, as its lead signed it."""
+
+    job: Job
+    recipe: Recipe
+
+    @classmethod
+    def of(cls, job: Job) -> RunPlan:
+        """Raises RecipeError: the recipe cannot be carried out by a coordinator."""
+        recipe = parse_recipe(job.recipe, f"the recipe of job {job.name!r}")
+        check_methods(recipe)
+        plan = cls(job, recipe)
+        if not isinstance(plan.strategy(1), SumStrategy):
+            raise RecipeError(
+                f"federation.strategy {recipe.federation.strategy.name!r} needs every update at once, which a "
+                "coordinator that works piece by piece does not do",
+                hint="choose a strategy with needs = sum (`commonweight methods`)",
+            )
+        return plan
+
+    def strategy(self, num_sites: int) -> Strategy:
+        method = self.recipe.federation.strategy
+        kind = resolve("strategy", method.name)
+        strategy: Strategy = kind(kind.Options(**method.options), num_sites=num_sites)
+        return strategy
+
+    @cached_property
+    def initial(self) -> Frame:
+        """The frame of the initial global tensors."""
+        return parse_header(self.job.initial)
+
+    def check_initial(self) -> None:
+        """Raises Refused: the initial tensors are not one channel `theta`."""
+        channels = self.initial.plan.channels
+        if channels != (Channel("theta"),):
+            raise Refused(Refusal.WRONG_SHAPE, f"a job's initial tensors are one channel theta, not {len(channels)}")
+
+    @property
+    def layout(self) -> Layout:
+        return self.initial.plan.layout
+
+    @cached_property
+    def update_channels(self) -> tuple[str, ...]:
+        return self.strategy(1).update_channels
+
+
+class Plans:
+    """Plans of the store's runs, each read once."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._known: dict[str, RunPlan] = {}
+        self._lock = threading.Lock()
+
+    def of(self, run: str) -> RunPlan | None:
+        """A run's plan, or None if there is no such run."""
+        with self._lock:
+            found = self._known.get(run)
+        if found is None:
+            try:
+                row = self.store.run_row(run)
+            except StateError:
+                return None
+            found = RunPlan.of(Job.FromString(row.job))
+            with self._lock:
+                self._known[run] = found
+        return found

@@ -1,0 +1,375 @@
+"""What arrives: manifests and chunks, each checked before anything of it is used or kept.
+
+    open    signature, site, run, task, round, base, names and shapes, size, weight      nothing is allocated before
+    take    a chunk's length, digest, finiteness; then it is sealed and written at its place
+    finish  all chunks there, on disk, in the blob store; then, in one transaction, accepted or refused
+
+Everything may be repeated: an open manifest says which chunks are missing, also after a restart (what lies in the
+sealed file is verified anew); one that was accepted is accepted again, and nothing changes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+from ..errors import StorageError, UpdateRefused
+from ..identity.certificates import Holder
+from ..identity.keys import UPDATE, verify
+from ..strategies.update import check_weight
+from ..wire.frames import Frame, chunk_digest, header_digest
+from ..wire.manifest import ParsedManifest, check_chunk, check_frame, first_bad, parse_manifest
+from ..wire.protocol_pb2 import SignedManifest, UploadStatus
+from ..wire.refusals import Refusal, Refused
+from .blobs import Blobs
+from .frame_files import FrameFiles, FrameWriter
+from .plans import Plans, RunPlan
+from .store import Store, TaskRow, Upload
+from .vault import SealedFile, Vault
+
+#: refusals for what an update is, not for when it came
+_OWN_FAULT = frozenset(
+    {
+        Refusal.MALFORMED,
+        Refusal.BAD_SIGNATURE,
+        Refusal.WRONG_BASE,
+        Refusal.WRONG_SHAPE,
+        Refusal.TOO_LARGE,
+        Refusal.BAD_WEIGHT,
+    }
+)
+
+
+@dataclass
+class Receipt:
+    """An upload that is under way on this replica.
+
+    Args:
+        sender: the only one who may push.
+        present: indexes of the chunks that are there.
+    """
+
+    id: str
+    sender: str
+    run: str
+    frame: Frame
+    present: set[int] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def missing(self) -> list[int]:
+        return [index for index in range(self.frame.plan.num_chunks) if index not in self.present]
+
+    def write(self, index: int, chunk: memoryview) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+@dataclass
+class UpdateReceipt(Receipt):
+    """An update, sealed as it comes."""
+
+    sealed: SealedFile | None = None
+    path: Path = Path()
+    blob: str = ""
+
+    def write(self, index: int, chunk: memoryview) -> None:
+        assert self.sealed is not None
+        self.sealed.write(index, chunk)
+
+    def close(self) -> None:
+        if self.sealed is not None:
+            self.sealed.close()
+
+
+@dataclass
+class InitialReceipt(Receipt):
+    """A run's initial global tensors."""
+
+    writer: FrameWriter | None = None
+
+    def write(self, index: int, chunk: memoryview) -> None:
+        assert self.writer is not None
+        self.writer.write(index, chunk)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.__exit__(None, None, None)
+
+
+class Receiver:
+    """Takes in updates and initial tensors.
+
+    Args:
+        max_bytes: cap on an upload's body.
+    """
+
+    def __init__(
+        self, store: Store, blobs: Blobs, vault: Vault, plans: Plans, scratch: Path, *, max_bytes: int
+    ) -> None:
+        self.store, self.blobs, self.vault, self.plans = store, blobs, vault, plans
+        self.scratch, self.max_bytes = scratch, max_bytes
+        self._receipts: dict[str, Receipt] = {}
+        self._lock = threading.Lock()
+
+    # --- opening
+
+    def open_update(self, holder: Holder, signed: SignedManifest) -> UploadStatus:
+        """A site offers an update.
+
+        Raises:
+            Refused: it breaks a rule that no second attempt could mend; the reason is audited by the caller.
+        """
+        if not verify(holder.signing_key, UPDATE, signed.manifest, signed.signature):
+            raise Refused(
+                Refusal.BAD_SIGNATURE, "the manifest's signature is not by the key of this site's certificate"
+            )
+        manifest = parse_manifest(signed)
+        if manifest.site != holder.name:
+            raise Refused(
+                Refusal.WRONG_SITE, f"the manifest names site {manifest.site!r}, the certificate {holder.name!r}"
+            )
+        plan = self._plan(manifest)
+        task = self.store.task(manifest.task)
+        if task is None or (task.run, task.site, task.kind) != (manifest.run, manifest.site, "train"):
+            raise Refused(Refusal.WRONG_TASK, f"no training task {manifest.task!r} of this run was given to this site")
+        if task.round != manifest.round:
+            raise Refused(Refusal.WRONG_TASK, f"the task is of round {task.round}, the manifest of {manifest.round}")
+        if task.is_open:  # otherwise it was answered, and the store knows by what
+            self._check(manifest, task, plan)
+        return self._status(self._opened(manifest, signed), manifest.frame)
+
+    def _plan(self, manifest: ParsedManifest) -> RunPlan:
+        plan = self.plans.of(manifest.run)
+        if plan is None:
+            raise Refused(Refusal.UNKNOWN_RUN, f"there is no run {manifest.run!r}")
+        return plan
+
+    def _check(self, manifest: ParsedManifest, task: TaskRow, plan: RunPlan) -> None:
+        """Everything that can be known before the first byte of a tensor has come."""
+        if task.base != manifest.base:
+            raise Refused(
+                Refusal.WRONG_BASE,
+                f"the work started from global tensors {manifest.base[:16]}…, the task from {task.base[:16]}…",
+            )
+        if manifest.frame.plan.num_bytes > self.max_bytes:
+            raise Refused(
+                Refusal.TOO_LARGE,
+                f"the update has {manifest.frame.plan.num_bytes:,} bytes; {self.max_bytes:,} are allowed",
+            )
+        chunk_bytes = plan.initial.plan.chunk_bytes
+        check_frame(manifest.frame, plan.layout, plan.update_channels, chunk_bytes=chunk_bytes)
+        try:
+            check_weight(weight_of(manifest, plan), manifest.site, manifest.round)
+        except UpdateRefused as error:
+            raise Refused(Refusal.BAD_WEIGHT, error.message) from error
+
+    def _opened(self, manifest: ParsedManifest, signed: SignedManifest) -> Upload:
+        """The upload's row, and the file that its chunks go to."""
+        number, (_, wrapped) = uuid4().hex, self.vault.new_key(_context(manifest))
+        upload = self.store.open_upload(
+            Upload(
+                id=number,
+                run=manifest.run,
+                round=manifest.round,
+                site=manifest.site,
+                task=manifest.task,
+                digest=header_digest(signed.manifest),
+                manifest=signed.manifest,
+                signature=signed.signature,
+                data_key=wrapped,
+                blob=f"runs/{manifest.run}/updates/{manifest.round:04d}/{manifest.site}-{number}",
+            )
+        )
+        if upload.state == "open":
+            self._receive(upload, manifest)
+        return upload
+
+    def _receive(self, upload: Upload, manifest: ParsedManifest) -> None:
+        with self._lock:
+            if upload.id in self._receipts:
+                return
+            folder = self.scratch / "uploads"
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{upload.id}.sealed"
+            if self.blobs.exists(upload.blob):  # stored by a process that was killed before it could say so
+                path = self.blobs.open_local(upload.blob)
+            assert upload.data_key is not None
+            key = self.vault.unwrap(upload.data_key, _context(manifest))
+            frame = manifest.frame
+            sealed = SealedFile(path, key, frame.plan.chunk_bytes)
+            found = sealed.present(
+                frame.plan.num_chunks, lambda index, data: chunk_digest(data) == frame.digests[index]
+            )
+            self._receipts[upload.id] = UpdateReceipt(
+                upload.id, upload.site, upload.run, frame, set(found), sealed=sealed, path=path, blob=upload.blob
+            )
+
+    def open_initial(self, run: str, frame: Frame, sender: str, files: FrameFiles) -> UploadStatus:
+        """A lead offers a run's initial global tensors: resumable as long as this replica lives."""
+        number = f"initial-{run}"
+        if files.has(frame.digest):
+            return UploadStatus(state=UploadStatus.ACCEPTED, upload=number)
+        if frame.plan.num_bytes > self.max_bytes:
+            raise Refused(
+                Refusal.TOO_LARGE,
+                f"the initial tensors have {frame.plan.num_bytes:,} bytes; {self.max_bytes:,} are allowed",
+            )
+        with self._lock:
+            receipt = self._receipts.get(number)
+            if receipt is None:
+                receipt = InitialReceipt(number, sender, run, frame, writer=FrameWriter(files, frame.plan))
+                self._receipts[number] = receipt
+        return UploadStatus(state=UploadStatus.OPEN, upload=number, missing=receipt.missing)
+
+    def _status(self, upload: Upload, frame: Frame) -> UploadStatus:
+        match upload.state:
+            case "accepted" | "spent":
+                return UploadStatus(state=UploadStatus.ACCEPTED, upload=upload.id)
+            case "refused":
+                return UploadStatus(
+                    state=UploadStatus.REFUSED, upload=upload.id, code=upload.code, reason=upload.reason
+                )
+        receipt = self._receipts.get(upload.id)
+        missing = receipt.missing if receipt is not None else range(frame.plan.num_chunks)
+        if receipt is not None and not receipt.missing:
+            return self.finish(upload.id, receipt.sender)
+        return UploadStatus(state=UploadStatus.OPEN, upload=upload.id, missing=missing)
+
+    # --- chunks
+
+    def receipt(self, upload: str, sender: str) -> Receipt | None:
+        """The upload under way of this id, if it is this sender's."""
+        found = self._receipts.get(upload)
+        return found if found is not None and found.sender == sender else None
+
+    def take(self, receipt: Receipt, message: bytes) -> None:
+        """One chunk with its index in front.
+
+        Raises:
+            Refused: the chunk is not what the manifest promised (it may be sent again), or not finite (final).
+        """
+        if len(message) < 4:
+            raise Refused(Refusal.MALFORMED, "a chunk without its index")
+        index, chunk = int.from_bytes(message[:4], "big"), memoryview(message)[4:]
+        check_chunk(receipt.frame, index, chunk)
+        bad = first_bad(receipt.frame, index, chunk)
+        if bad is not None:
+            refused = Refused(Refusal.NON_FINITE, f"the update holds NaN or infinity in {bad!r}")
+            self._drop(receipt, refused)
+            raise refused
+        receipt.write(index, chunk)
+        with receipt.lock:
+            receipt.present.add(index)
+
+    def finish(self, upload: str, sender: str) -> UploadStatus:
+        """What has become of an upload once its sender has stopped sending."""
+        receipt = self.receipt(upload, sender)
+        if receipt is None:
+            row = self.store.upload(upload)
+            if row is None or row.site != sender:
+                raise Refused(Refusal.MALFORMED, f"there is no upload {upload!r}")
+            return self._status_of(row)
+        with receipt.lock:
+            if receipt.missing:
+                return UploadStatus(state=UploadStatus.OPEN, upload=upload, missing=receipt.missing)
+            if isinstance(receipt, InitialReceipt):
+                return self._finish_initial(receipt)
+            assert isinstance(receipt, UpdateReceipt)
+            return self._finish_update(receipt)
+
+    def _finish_initial(self, receipt: InitialReceipt) -> UploadStatus:
+        assert receipt.writer is not None
+        if receipt.id in self._receipts:
+            receipt.writer.finish()
+            self._forget(receipt)
+            self.store.set_run_state(receipt.run, "waiting")
+        return UploadStatus(state=UploadStatus.ACCEPTED, upload=receipt.id)
+
+    def _finish_update(self, receipt: UpdateReceipt) -> UploadStatus:
+        assert receipt.sealed is not None
+        if receipt.id in self._receipts:
+            receipt.sealed.sync()
+            if not self.blobs.exists(receipt.blob):
+                self.blobs.put(receipt.blob, receipt.path)
+            verdict = self.store.accept_upload(receipt.id)
+            self._forget(receipt)
+            if not verdict.accepted:
+                self.blobs.delete(receipt.blob)
+        row = self.store.upload(receipt.id)
+        assert row is not None
+        return self._status_of(row)
+
+    def _status_of(self, row: Upload) -> UploadStatus:
+        if row.state in ("accepted", "spent"):
+            return UploadStatus(state=UploadStatus.ACCEPTED, upload=row.id)
+        if row.state == "refused":
+            return UploadStatus(state=UploadStatus.REFUSED, upload=row.id, code=row.code, reason=row.reason)
+        return UploadStatus(state=UploadStatus.UNKNOWN, upload=row.id, reason="open the upload anew")
+
+    def _drop(self, receipt: Receipt, refused: Refused) -> None:
+        """An upload that can never be accepted."""
+        if isinstance(receipt, UpdateReceipt):
+            self.store.refuse_upload(receipt.id, refused.code, refused.message)
+            self._forget(receipt)
+            receipt.path.unlink(missing_ok=True)
+
+    def end_refused_task(self, holder: Holder, signed: SignedManifest, refused: Refused) -> str:
+        """A manifest was refused for what it is: the task that it would have answered has failed. Returns its id."""
+        if refused.code not in _OWN_FAULT:
+            return ""
+        try:
+            manifest = parse_manifest(signed)
+            row = self.store.reply(manifest.task, holder.name, "failed", refused.message)
+        except Refused:
+            return ""
+        return row.id if row is not None else ""
+
+    def refused_push(self, receipt: Receipt, refused: Refused) -> UploadStatus:
+        """What to answer to a sender whose chunk was refused for good."""
+        return UploadStatus(
+            state=UploadStatus.REFUSED, upload=receipt.id, code=str(refused.code), reason=refused.message
+        )
+
+    def _forget(self, receipt: Receipt) -> None:
+        with self._lock:
+            self._receipts.pop(receipt.id, None)
+        receipt.close()
+
+    def forget_run(self, run: str) -> None:
+        """A run has ended: what was under way for it is dropped."""
+        with self._lock:
+            ended = [receipt for receipt in self._receipts.values() if receipt.run == run]
+        for receipt in ended:
+            self._forget(receipt)
+            if isinstance(receipt, UpdateReceipt):
+                receipt.path.unlink(missing_ok=True)
+
+    def sweep(self, known: Iterable[str]) -> None:
+        """Delete files of uploads that are not open any more: rubbish of a crash."""
+        open_ = set(known)
+        for path in (self.scratch / "uploads").glob("*.sealed"):
+            if path.stem not in open_ and path.stem not in self._receipts:
+                with suppress(OSError, StorageError):
+                    path.unlink()
+
+    def close(self) -> None:
+        for receipt in list(self._receipts.values()):
+            self._forget(receipt)
+
+
+def weight_of(manifest: ParsedManifest, plan: RunPlan) -> float:
+    """What an update weighs, as the recipe's `federation.weighting` says."""
+    weights = {"examples": manifest.num_examples, "tokens": manifest.num_label_tokens, "uniform": 1}
+    return float(weights[plan.recipe.federation.weighting])
+
+
+def _context(manifest: ParsedManifest) -> str:
+    """What a sealed update's key is bound to."""
+    return f"{manifest.run}/{manifest.round}/{manifest.site}"

@@ -1,0 +1,149 @@
+"""Rounds in the database: the pure state machine of `federation/round.py`, one event a transaction."""
+
+from __future__ import annotations
+
+import json
+
+import sqlalchemy as sa
+
+from ..errors import StateError
+from ..federation.round import Answered, Committed, DeadlinePassed, Event, Failed, Phase, Round, Verdict
+from ..wire.refusals import Refusal
+from .database import Part, Writing, found, insert_if_new, reading, writing
+from .leases import Lease, hold
+from .tables import rounds, uploads
+
+_ONE = sa.select(rounds).where(rounds.c.run == sa.bindparam("run"), rounds.c.number == sa.bindparam("number"))
+_LOCKED = _ONE.with_for_update(key_share=True)
+_LOCKED_BY_UPLOAD = (
+    sa.select(rounds)
+    .where(
+        sa.tuple_(rounds.c.run, rounds.c.number).in_(
+            sa.select(uploads.c.run, uploads.c.round).where(uploads.c.id == sa.bindparam("upload"))
+        )
+    )
+    .with_for_update(key_share=True, of=rounds)
+)
+_CHANGE = (
+    rounds.update()
+    .where(rounds.c.run == sa.bindparam("its_run"), rounds.c.number == sa.bindparam("its_number"))
+    .values(state=sa.bindparam("state"))
+)
+
+
+class RoundsPart(Part):
+    """Rounds in the store. Topic: `run/<id>`."""
+
+    @writing
+    def open_round(self, tx: Writing, lease: Lease, round: Round, base: str) -> tuple[Round, str]:
+        """Open a round, or take over the one that is there. Returns the round as it now is, and its base.
+
+        A round that is open or closed goes on as it is, with its own base, whoever opened it. One that was abandoned
+        is begun anew as given: its accepted updates stay if `round.answered` has their sites, the others are refused.
+
+        Args:
+            base: hex digest of the frame with the global tensors that it starts from.
+
+        Raises:
+            LeaseLost: the run is another's by now.
+            StateError: the round is committed.
+        """
+        hold(tx, lease)
+        values = {"run": lease.run, "number": round.number, "state": _text(round), "base": base}
+        if insert_if_new(tx, rounds, values):
+            tx.publish(f"run/{lease.run}")
+            return round, base
+        known, its_base = locked(tx, lease.run, round.number)
+        if known.phase is Phase.COMMITTED:
+            raise StateError(f"round {round.number} of run {lease.run!r} is committed already")
+        if known.phase is not Phase.ABANDONED:
+            return known, its_base
+        tx.execute(rounds.update().where(*_is(lease.run, round.number)).values(state=_text(round), base=base))
+        _refuse_others(tx, lease.run, round)
+        tx.publish(f"run/{lease.run}")
+        return round, base
+
+    @reading
+    def round_state(self, connection: sa.Connection, run: str, number: int) -> tuple[Round, str] | None:
+        """A round and its base; None if it was never opened."""
+        row = connection.execute(_ONE, {"run": run, "number": number}).one_or_none()
+        return None if row is None else (Round.from_json(json.loads(row.state)), row.base)
+
+    @writing
+    def apply(self, tx: Writing, run: str, number: int, event: Event, *, lease: Lease | None = None) -> Verdict:
+        """Tell a round of an event. Any replica may tell that a site failed; only the leader that time is up. An
+        answer comes by `accept_upload` alone, and a commit by the journal's `commit` alone.
+
+        Raises:
+            LeaseLost: the lease is given and no longer holds.
+            StateError: there is no such round.
+            ValueError: the event is not to be told here, or not without a lease.
+        """
+        if isinstance(event, Committed | Answered) or (isinstance(event, DeadlinePassed) and lease is None):
+            raise ValueError(event)
+        if lease is not None:
+            hold(tx, lease)
+        round, _ = locked(tx, run, number)
+        return tell(tx, run, round, event)
+
+
+def locked(tx: Writing, run: str, number: int) -> tuple[Round, str]:
+    """A round, which nobody else changes until the end of the transaction, and its base.
+
+    Raises:
+        StateError: there is no such round.
+    """
+    row = tx.execute(_LOCKED, {"run": run, "number": number}).one_or_none()
+    row = found(row, f"round {number} of run {run!r}")
+    return Round.from_json(json.loads(row.state)), row.base
+
+
+def locked_by_upload(tx: Writing, upload_id: str) -> Round:
+    """The round of an upload, as `locked`. Whoever changes an upload's state holds its round's lock.
+
+    Raises:
+        StateError: there is no such upload.
+    """
+    row = found(tx.execute(_LOCKED_BY_UPLOAD, {"upload": upload_id}).one_or_none(), f"upload {upload_id!r}")
+    return Round.from_json(json.loads(row.state))
+
+
+def tell(tx: Writing, run: str, round: Round, event: Event) -> Verdict:
+    """Apply an event to a locked round, and write what became of it."""
+    after, verdict = round.apply(event)
+    if verdict.accepted:
+        tx.execute(_CHANGE, {"its_run": run, "its_number": round.number, "state": _text(after)})
+        tx.publish(f"run/{run}")
+    return verdict
+
+
+def refusal_code(round: Round, event: Answered | Failed) -> Refusal:
+    """The kind of a round's refusal of an answer."""
+    if event.site in round.answered:
+        return Refusal.REPLAYED
+    if event.site not in round.cohort:
+        return Refusal.NOT_INVITED
+    if round.target is not None and len(round.answered) >= round.target:
+        return Refusal.ENOUGH
+    return Refusal.ROUND_CLOSED
+
+
+def _is(run: str, number: int) -> tuple[sa.ColumnElement[bool], ...]:
+    return rounds.c.run == run, rounds.c.number == number
+
+
+def _text(round: Round) -> str:
+    return json.dumps(round.to_json())
+
+
+def _refuse_others(tx: Writing, run: str, round: Round) -> None:
+    tx.execute(
+        uploads.update()
+        .where(
+            uploads.c.run == run,
+            uploads.c.round == round.number,
+            uploads.c.state.in_(["accepted", "open"]),
+            uploads.c.site.not_in(list(round.answered)),
+        )
+        .values(state="refused", code=Refusal.ROUND_CLOSED, reason=f"round {round.number} was abandoned and begun anew")
+    )

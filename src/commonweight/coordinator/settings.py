@@ -1,0 +1,88 @@
+"""coordinator.yaml: where a coordinator listens, where its state lies, and its limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import RecipeError, StateError
+
+FILE = "coordinator.yaml"
+
+
+class CoordinatorSettings(BaseModel):
+    """The settings of one coordinator; its replicas share all but where they listen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field("coordinator", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="Named in logs.")
+    listen: str = Field("0.0.0.0:8443", description="host:port of the services for sites and users (mutual TLS).")
+    listen_enrolment: str = Field(
+        "0.0.0.0:8444", description="host:port of enrolment (TLS; a one-time token instead of a client certificate)."
+    )
+    listen_http: str = Field("127.0.0.1:8480", description="host:port of /metrics and /healthz (plain HTTP).")
+    address: str = Field("127.0.0.1:8443", description="host:port at which sites reach the services; in every token.")
+    address_enrolment: str = Field("127.0.0.1:8444", description="host:port at which enrolment is reached.")
+    database: str = Field("sqlite", description="`sqlite` (state.sqlite in this folder), or postgresql://…")
+    blobs: str = Field(
+        "blobs", description="A folder, relative to this one, or an fsspec URL such as s3://bucket/prefix."
+    )
+    blob_options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the blob store (endpoint_url, key …)."
+    )
+    heartbeat_s: float = Field(
+        2.0, gt=0.05, le=60, description="A site gives a sign of life this often; three missed: it is away."
+    )
+    lease_s: float = Field(
+        10.0, ge=1, le=600, description="A replica that says nothing for this long stops leading its runs."
+    )
+    certificate_hours: float = Field(
+        24.0, gt=0, le=24 * 366, description="Life of a site's or user's certificate; it renews itself."
+    )
+    token_hours: float = Field(72.0, gt=0, le=24 * 30, description="Life of an enrolment token.")
+    max_upload_mb: int = Field(65536, ge=1, description="Cap on an update, in MiB.")
+    transfers_at_once: int = Field(
+        4, ge=1, le=256, description="Chunks in motion at once; bounds memory. A slow site does not hold others up."
+    )
+
+    def database_url(self, folder: Path) -> str:
+        return f"sqlite:///{folder.resolve() / 'state.sqlite'}" if self.database == "sqlite" else self.database
+
+    def blobs_url(self, folder: Path) -> str:
+        return self.blobs if "://" in self.blobs else str(folder.resolve() / self.blobs)
+
+
+def load_settings(folder: Path) -> CoordinatorSettings:
+    """Read a coordinator's settings.
+
+    Raises:
+        StateError: the folder is no coordinator's.
+        RecipeError: the file is no YAML, or a key or value is wrong; each is named.
+    """
+    path = folder / FILE
+    if not path.exists():
+        raise StateError(
+            f"{folder} holds no coordinator: {FILE} is missing",
+            hint=f"make one by: commonweight coordinator init {folder}",
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return CoordinatorSettings.model_validate(values)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        raise RecipeError(f"{path}: {faults}", hint="docs/coordinator.md lists the settings") from error
+
+
+def settings_text(settings: CoordinatorSettings) -> str:
+    """The settings as commented YAML, every one of them."""
+    lines = []
+    for name, field in CoordinatorSettings.model_fields.items():
+        lines.append(f"# {field.description}")
+        lines.append(yaml.safe_dump({name: getattr(settings, name)}, default_flow_style=False).strip())
+        lines.append("")
+    return "\n".join(lines)

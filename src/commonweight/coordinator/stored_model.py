@@ -1,0 +1,267 @@
+"""The global model of a networked run: files, combined piece by piece, so that memory is O(chunk).
+
+Everything that a strategy with `needs = "sum"` does is done element by element, so it may be done to one stretch of
+elements after the other: each piece of θ and of the slots is read, the same piece of every update is folded into it in
+cohort order, the strategy's step is taken, and the result is written and hashed. The bits are those of doing it to the
+whole (`tests/unit/test_stored_model.py` compares them).
+
+    base   the frame that sites start from: channel `theta`, and the slots that the strategy broadcasts
+    slots  the frame of the other slots, which stay here
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import RoundError, StateError
+from ..federation.messages import Engine
+from ..model.tensors import Entry, Layout, NamedTensors, bytes_of
+from ..strategies.base import ServerState, SumStrategy
+from ..strategies.update import Update
+from ..wire.frames import Channel, Frame, Piece, Plan
+from .frame_files import FrameFiles, FrameWriter, StoredFrame
+from .vault import SealedFile
+
+#: pieces in hand at once: enough to keep reading, hashing and adding busy, few enough to stay small
+_WORKERS = 2
+
+
+@dataclass(frozen=True)
+class StoredUpdate(Update):
+    """An accepted update whose tensors are in a sealed file; `channels` is empty.
+
+    Args:
+        frame: where each chunk belongs.
+        sealed: the file.
+    """
+
+    frame: Frame | None = None
+    path: Path | None = None
+    key: bytes = b""
+
+
+class _Announcing(Protocol):
+    """An engine whose participants fetch the global tensors by their frame's name."""
+
+    def announce(self, base: str) -> None: ...
+
+
+class StoredModel:
+    """A global model in files.
+
+    Args:
+        initial: the digest of the frame with the initial θ.
+    """
+
+    def __init__(self, strategy: SumStrategy, files: FrameFiles, initial: str) -> None:
+        self.strategy, self.files, self.initial = strategy, files, initial
+        plan = files.open(initial).frame.plan
+        slots = strategy.slot_names
+        sent = [Channel("theta"), *(Channel(name, wide=True) for name in slots if name in strategy.broadcast_channels)]
+        kept = [Channel(name, wide=True) for name in slots if name not in strategy.broadcast_channels]
+        self._layout = plan.layout
+        self.base_plan = Plan(plan.layout, tuple(sent), plan.chunk_bytes)
+        self.slot_plan = Plan(plan.layout, tuple(kept), plan.chunk_bytes) if kept else None
+        self.base, self.slots = initial, ""
+        self._updates: list[StoredUpdate] = []
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    def first(self) -> dict[str, Any]:
+        if len(self.base_plan.channels) > 1:
+            self.base = self._with_zero_slots()
+        self.slots = self._zeros(self.slot_plan) if self.slot_plan is not None else ""
+        return self.record()
+
+    def record(self) -> dict[str, Any]:
+        """What the journal keeps of the state."""
+        return {"base": self.base, "slots": self.slots}
+
+    def _with_zero_slots(self) -> str:
+        """θ as it was sent in, with the broadcast slots at zero beside it."""
+        theta = self.files.open(self.initial)
+        with FrameWriter(self.files, self.base_plan) as writer:
+            for piece in self.base_plan.pieces:
+                of_theta = piece.channel == "theta"
+                values = theta.tensor(theta.frame.plan.pieces[piece.index]) if of_theta else _zeros(piece)
+                writer.write(piece.index, bytes_of(values))
+            return writer.finish().digest
+
+    def _zeros(self, plan: Plan) -> str:
+        with FrameWriter(self.files, plan) as writer:
+            for piece in plan.pieces:
+                writer.write(piece.index, bytes_of(_zeros(piece)))
+            return writer.finish().digest
+
+    def restore(self, round: int, record: Mapping[str, Any]) -> None:
+        self.base, self.slots = record["base"], record["slots"]
+        self.files.open(self.base)  # missing or damaged: said before anything is asked of the sites
+
+    def announce(self, engine: Engine) -> None:
+        cast(_Announcing, engine).announce(self.base)
+
+    def open(self) -> None:
+        self._updates = []
+
+    def check(self, update: Update) -> None:
+        """An update was checked as it arrived (`receive.py`); nothing is left to check."""
+
+    def fold(self, update: Update) -> None:
+        assert isinstance(update, StoredUpdate)
+        self._updates.append(update)
+
+    def close(self, round: int) -> dict[str, Any]:
+        if not self._updates:
+            raise ValueError("a round was closed with no update in it")
+        base = self.files.open(self.base)
+        slots = self.files.open(self.slots) if self.slots else None
+        with FrameWriter(self.files, self.base_plan) as new_base:
+            if self.slot_plan is None or slots is None:
+                self._combine(base, None, new_base, None)
+            else:
+                with FrameWriter(self.files, self.slot_plan) as new_slots:
+                    self._combine(base, slots, new_base, new_slots)
+                    self.slots = new_slots.finish().digest
+            self.base = new_base.finish().digest
+        self._updates = []
+        return self.record()
+
+    def _combine(
+        self, base: StoredFrame, slots: StoredFrame | None, new_base: FrameWriter, new_slots: FrameWriter | None
+    ) -> None:
+        places = _Places(base, slots, new_base, new_slots)
+        sealed = [
+            SealedFile(u.path, u.key, u.frame.plan.chunk_bytes, writable=False)
+            for u in self._updates
+            if u.path and u.frame
+        ]
+        pieces = [piece for piece in self.base_plan.pieces if piece.channel == "theta"]
+        try:
+            if len(pieces) == 1:
+                self._step(pieces[0], places, sealed)
+                return
+            with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
+                for _ in pool.map(lambda piece: self._step(piece, places, sealed), pieces):
+                    pass
+        finally:
+            for file in sealed:
+                file.close()
+
+    def _step(self, piece: Piece, places: _Places, sealed: list[SealedFile]) -> None:
+        """The strategy's whole round, on one stretch of elements."""
+        layout = Layout((Entry(_name(self._layout, piece), piece.dtype, (piece.numel,), 0, piece.numel),))
+        theta = places.base.tensor(piece)
+        slots = {name: places.read(name, piece) for name in self.strategy.slot_names}
+        state = ServerState(
+            NamedTensors(layout, {piece.dtype: theta}),
+            {name: NamedTensors(layout, {piece.dtype: values}) for name, values in slots.items()},
+        )
+        if piece.dtype.is_floating_point:
+            fold = self.strategy.open(state)
+            for update, file in zip(self._updates, sealed, strict=True):
+                fold.add(_stretch(update, file, piece, layout))
+            state = self.strategy.close(state, fold)
+        places.write("theta", piece, state.theta.flats[piece.dtype])
+        for name, slot in state.slots.items():
+            places.write(name, piece, slot.flats[piece.dtype])
+
+    def digest(self) -> str:
+        """`NamedTensors.digest` of θ, read chunk by chunk."""
+        base, sha = self.files.open(self.base), hashlib.sha256(self._layout.digest.encode())
+        for piece in self.base_plan.pieces:
+            if piece.channel == "theta":
+                sha.update(base.chunk(piece.index))
+        return sha.hexdigest()
+
+
+class _Places:
+    """Where stretches of θ and of the slots are read and written, whichever frame they are in."""
+
+    def __init__(
+        self, base: StoredFrame, slots: StoredFrame | None, new_base: FrameWriter, new_slots: FrameWriter | None
+    ) -> None:
+        self.base = base
+        self._read: dict[str, StoredFrame] = {}
+        self._write: dict[str, FrameWriter] = {}
+        self._pieces: dict[tuple[str, torch.dtype], list[Piece]] = {}
+        for frame, writer in ((base, new_base), (slots, new_slots)):
+            if frame is None or writer is None:
+                continue
+            for channel in writer.plan.channels:
+                self._read[channel.name], self._write[channel.name] = frame, writer
+            for piece in writer.plan.pieces:
+                self._pieces.setdefault((piece.channel, piece.dtype), []).append(piece)
+
+    def _stretch(self, channel: str, piece: Piece) -> Iterator[Piece]:
+        """The chunks of a channel that hold the elements of a piece of θ: a wide one's hold fewer each."""
+        end = piece.start + piece.numel
+        for found in self._pieces[channel, piece.dtype]:
+            if piece.start <= found.start < end:
+                yield found
+
+    def read(self, channel: str, piece: Piece) -> Tensor:
+        parts = [self._read[channel].tensor(part) for part in self._stretch(channel, piece)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def write(self, channel: str, piece: Piece, values: Tensor) -> None:
+        for part in self._stretch(channel, piece):
+            start = part.start - piece.start
+            self._write[channel].write(part.index, bytes_of(values[start : start + part.numel]))
+
+
+def _stretch(update: StoredUpdate, sealed: SealedFile, piece: Piece, layout: Layout) -> Update:
+    """One stretch of an update, decrypted."""
+    assert update.frame is not None
+    channels = {}
+    for channel, part in _parts(update.frame.plan, piece).items():
+        values = torch.empty(part.numel, dtype=part.held)
+        into = memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
+        if sealed.read_into(part.index, into) != part.num_bytes:
+            raise StateError(
+                f"the update of site {update.site!r} for round {update.round} is damaged on this coordinator's disk",
+                hint="restore the blob store from a copy; the last committed round is untouched",
+            )
+        channels[channel] = NamedTensors(layout, {piece.dtype: values})
+    return Update(
+        update.site,
+        update.round,
+        channels,
+        weight=update.weight,
+        num_examples=update.num_examples,
+        num_label_tokens=update.num_label_tokens,
+        num_steps=update.num_steps,
+    )
+
+
+def _parts(plan: Plan, piece: Piece) -> dict[str, Piece]:
+    """An update's chunk of each channel over the elements of a piece of θ: they are cut alike."""
+    per_channel = plan.num_chunks // len(plan.channels)
+    found = {}
+    for place, channel in enumerate(plan.channels):
+        part = plan.pieces[place * per_channel + piece.index]
+        assert (part.start, part.numel, part.dtype) == (piece.start, piece.numel, piece.dtype)
+        found[channel.name] = part
+    return found
+
+
+def _zeros(piece: Piece) -> Tensor:
+    return torch.zeros(piece.numel, dtype=piece.held)
+
+
+def _name(layout: Layout, piece: Piece) -> str:
+    """The tensor in which a piece begins: named where something is wrong with it."""
+    for entry in layout.entries:
+        if entry.dtype == piece.dtype and entry.offset <= piece.start < entry.offset + max(1, entry.numel):
+            return entry.name
+    raise RoundError(f"no tensor has element {piece.start} of {piece.dtype}")

@@ -1,0 +1,174 @@
+"""What carrying out a task means, whoever asks and wherever the tensors lie: the one place for every engine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SiteError
+from ..evaluate.scoring import answer, score_site
+from ..federation.messages import ChainTask, EvaluateTask, SampleTask, TrainTask
+from ..model.adapters import adapter_off
+from ..model.tensors import NamedTensors
+from ..seeding import derive_seed
+from ..train.checkpoint import Checkpoint
+from ..train.corrections import correction
+from ..train.local import LocalWork, never, untold
+from .bench import Bench
+from .chain import Chain
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training task's outcome beside the delta.
+
+    Args:
+        further: the update's other channels.
+        state: the site's new private state.
+        figures: `num_examples`, `num_label_tokens`, `num_steps` and `metrics`, in plain numbers.
+    """
+
+    further: Mapping[str, NamedTensors]
+    state: Mapping[str, NamedTensors]
+    figures: dict[str, Any]
+
+
+class TaskWork:
+    """Carries out tasks on a bench, one at a time.
+
+    Args:
+        folder: where control arms keep their tensors.
+        progress: told how a long chain goes on.
+        interrupted: asked between steps; True stops training with `Cancelled`.
+    """
+
+    def __init__(
+        self, bench: Bench, folder: Path, progress: Progress, *, interrupted: Callable[[], bool] = never
+    ) -> None:
+        self.bench, self.folder, self.progress, self.interrupted = bench, folder, progress, interrupted
+        self.values = bench.participant.trainables.values
+
+    def train(
+        self,
+        task: TrainTask,
+        broadcast: Mapping[str, NamedTensors],
+        delta: NamedTensors,
+        state: Mapping[str, NamedTensors],
+        *,
+        checkpoint: Checkpoint | None = None,
+        on_step: Callable[[int], None] = untold,
+    ) -> Trained:
+        """One site's turn.
+
+        Args:
+            broadcast: `theta` and the strategy's further channels, of the bench's layout; not written to.
+            delta: where θᵢ − θ goes.
+            state: the site's private state; empty if it has none yet.
+
+        Raises:
+            SiteError: a loss that is not finite; Cancelled.
+        """
+        began, site, theta = time.perf_counter(), self.bench.sites[task.site], broadcast["theta"]
+        change = correction(task.correction, theta, broadcast, state)
+        self.values.copy_(theta)
+        result = self.bench.objective.work(
+            self.bench.participant,
+            LocalWork(
+                site.train,
+                self.bench.recipe.training,
+                lr=task.lr,
+                steps=task.steps,
+                seed=self.seed(task.site, task.round),
+                pack_seed=self.bench.pack_seed(task.site),
+                correction=change,
+                checkpoint=checkpoint,
+                interrupted=self.interrupted,
+                progress=on_step,
+            ),
+        )
+        if not math.isfinite(result.loss):
+            raise SiteError(f"the objective reported a training loss of {result.loss}", hint="lower training.lr")
+        self._difference(theta, delta)
+        further, new_state = change.finish(delta, lr=task.lr, steps=result.num_steps)
+        # plain numbers: an objective of one's own may count in NumPy's or torch's
+        figures = {
+            "num_examples": int(result.num_examples),
+            "num_label_tokens": int(result.num_label_tokens),
+            "num_steps": int(result.num_steps),
+            "metrics": {"loss": float(result.loss), "seconds": time.perf_counter() - began},
+        }
+        return Trained(further, new_state, figures)
+
+    @torch.no_grad()
+    def _difference(self, theta: NamedTensors, delta: NamedTensors) -> None:
+        for dtype, flat in self.values.flats.items():
+            _difference(flat, theta.flats[dtype], delta.flats[dtype])
+
+    def seed(self, who: str, round: int) -> int:
+        return derive_seed(self.bench.recipe.seed, "work", who, round)
+
+    def evaluate(self, task: EvaluateTask, theta: NamedTensors) -> dict[str, Any]:
+        self.values.copy_(theta)
+        if task.arm == "base":
+            with adapter_off(self.bench.model):
+                return self.score(task.sites, generate=task.generate)
+        return self.score(task.sites, generate=task.generate)
+
+    def score(self, sites: tuple[str, ...], *, generate: bool) -> dict[str, Any]:
+        recipe, found = self.bench.recipe, {}
+        for name in sites:
+            site = self.bench.sites[name]
+            found[name] = score_site(
+                self.bench.participant.language_model,
+                site.heldout,
+                site.heldout_examples,
+                self.bench.base.tokenizer,
+                max_tokens=recipe.training.max_tokens,
+                generate=recipe.evaluation.max_new_tokens if generate else None,
+            ).to_json()
+        return found
+
+    def sample(self, task: SampleTask, theta: NamedTensors) -> dict[str, Any]:
+        self.values.copy_(theta)
+        if task.arm == "base":
+            with adapter_off(self.bench.model):
+                return {"answers": [self._answer(*prompt) for prompt in task.prompts]}
+        return {"answers": [self._answer(*prompt) for prompt in task.prompts]}
+
+    def _answer(self, name: str, row: int) -> dict[str, str]:
+        site = self.bench.sites[name]
+        example = site.heldout_examples[row]
+        text = answer(
+            self.bench.participant.language_model,
+            self.bench.base.tokenizer,
+            site.heldout.prompt_of(row),
+            self.bench.recipe.evaluation.max_new_tokens,
+        )
+        return {"site": name, "prompt": example.prompt, "reference": example.completion, "answer": text}
+
+    def chain(self, task: ChainTask) -> dict[str, Any]:
+        """A control arm's training through all its rounds; goes on where a killed process left it."""
+        chain = Chain(self, task)
+        for number, lr, steps in task.rounds[chain.done :]:
+            chain.round(number, lr, steps)
+            self.progress({"arm": task.arm, "sites": len(task.sites), "site": task.sites[0], "round": number})
+        return chain.result()
+
+
+def _difference(values: Tensor, theta: Tensor, out: Tensor) -> None:
+    """θᵢ − θ into `out`, in one pass where all lie in the same memory."""
+    if not out.dtype.is_floating_point:
+        out.zero_()
+    elif values.device == out.device:
+        torch.sub(values, theta, out=out)
+    else:
+        out.copy_(values.cpu() - theta)

@@ -1,0 +1,49 @@
+"""A finished run's result in a folder, as `run` leaves one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import StateError
+from ..federation.folder import storage_errors, write_tensors
+from ..recipe.load import parse_recipe
+from .client import Client
+from .submit import model_bench
+
+
+def fetch(client: Client, which: str, folder: Path, *, adapter: bool = True) -> dict[str, Any]:
+    """Bring a run's files, and its latest global tensors as an adapter that peft opens.
+
+    Args:
+        folder: where to; made if need be.
+        adapter: open the base model to write the adapter's folder; otherwise the tensors alone (`theta.safetensors`).
+
+    Returns:
+        The run as `Client.run` gives it.
+
+    Raises:
+        StateError: the run has no result yet.
+        ModelError: the recipe's base model cannot be opened here.
+    """
+    run = client.run(which)
+    if not run["base"]:
+        raise StateError(
+            f"run {run['name']!r} has no committed round yet: it is {run['state']}", hint="wait for it", retry=True
+        )
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in run["files"]:
+        client.file(run["id"], name, folder / Path(name).name)
+    theta = client.frame(run["id"], run["base"])["theta"]
+    if adapter:
+        bench = model_bench(parse_recipe(run["recipe"], f"the recipe of run {run['name']!r}"))
+        if bench.theta.layout != theta.layout:
+            raise StateError(
+                "the run's tensors do not fit the base model that is here",
+                hint="fetch with --tensors, or use the same model",
+            )
+        bench.save(theta, folder / "adapter", tokenizer=True)
+    else:
+        write_tensors(folder / "theta.safetensors", {"theta": theta})
+    return run

@@ -1,0 +1,91 @@
+"""From a recipe to a signed job: what sites must have alike, and the tensors that everyone starts from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from ..data.sites import Site
+from ..engines.bench import Bench, build_bench
+from ..engines.handshake import handshake
+from ..errors import RecipeError
+from ..identity.folder import IdentityFolder
+from ..identity.keys import JOB
+from ..model.tensors import NamedTensors
+from ..recipe.load import check_methods
+from ..recipe.resolved import recipe_text
+from ..recipe.schema import Recipe
+from ..wire.frames import CHUNK_BYTES, Channel, Frame, frame_of, plan_for
+from ..wire.protocol_pb2 import Job, SignedJob
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that is ready to be submitted.
+
+    Args:
+        tensors: the initial global tensors, channel `theta`.
+    """
+
+    signed: SignedJob
+    tensors: Mapping[str, NamedTensors]
+    frame: Frame
+
+
+def model_bench(recipe: Recipe) -> Bench:
+    """The recipe's base model with its adapter, and no data: a lead needs none.
+
+    Raises:
+        ModelError, RecipeError: as `build_bench`.
+    """
+    return build_bench(recipe, gather=_no_data)
+
+
+def _no_data(spec: Any, *, seed: int, tokenizer: Any, max_tokens: int) -> tuple[list[Site], dict[str, Any]]:
+    return [], {}
+
+
+def prepare(
+    recipe: Recipe,
+    identity: IdentityFolder,
+    *,
+    sites: Sequence[str] = (),
+    purpose: str = "",
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Prepared:
+    """Make and sign a job.
+
+    Args:
+        sites: who may be asked, in the order of folding; none: every site that is enrolled, now or later.
+        purpose: what the data are used for; sites' policies list the purposes that they allow.
+
+    Raises:
+        ModelError, RecipeError: the recipe cannot be carried out.
+    """
+    check_methods(recipe)
+    if len(set(sites)) != len(sites):
+        raise RecipeError("a site is named twice")
+    bench = model_bench(recipe)
+    tensors = {"theta": bench.theta}
+    frame = frame_of(tensors, plan_for(bench.theta.layout, (Channel("theta"),), chunk_bytes))
+    job = Job(
+        id=uuid4().hex,
+        name=recipe.name,
+        recipe=recipe_text(recipe),
+        kind="train",
+        purpose=purpose,
+        sites=sites,
+        must_match=handshake(bench),
+        initial=frame.header,
+        submitted_at=time.time(),
+    )
+    return Prepared(sign(job, identity), tensors, frame)
+
+
+def sign(job: Job, identity: IdentityFolder) -> SignedJob:
+    """A job with its lead's signature."""
+    content = job.SerializeToString(deterministic=True)
+    return SignedJob(job=content, signature=identity.signing_key.sign(JOB, content), certificate=identity.certificate)

@@ -1,0 +1,237 @@
+"""Tensors to and from the coordinator, chunk by chunk, through any number of cuts.
+
+Only chunks that are missing travel again: on the way in the site knows them by their digests, on the way out the
+coordinator says which. One header and one chunk are in memory at a time. An error that may pass is waited out; the
+wait begins small again with every chunk that came through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, TypeVarTuple, Unpack
+
+from ..errors import SiteError, UnreachableError
+from ..model.tensors import Layout, NamedTensors
+from ..wire import protocol_pb2 as pb
+from ..wire.frames import Frame, header_digest, pack_chunk, parse_header, piece_of
+from ..wire.service import UPLOAD_KEY
+from .inbox import Arrival, Inbox
+from .link import END, Backoff, Link, Session, calling
+from .log import Log
+from .outbox import Parcel
+
+#: a transfer that does not move for so long is cut here and begun again where it stopped
+STALL_S = 60.0
+#: a chunk that came through broken this often ends the task
+TRIES = 3
+#: work on more bytes than this is done beside the event loop
+_ASIDE_BYTES = 1 << 18
+
+_DAMAGE = "the network or a disk between here and the coordinator changes data"
+
+#: (bytes, chunks) that are about to leave
+Leaving = Callable[[int, int], Awaitable[None]]
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+async def aside(num_bytes: int, work: Callable[[Unpack[Ts]], T], *arguments: *Ts) -> T:
+    """Do some work on `num_bytes`: here if they are few, in a thread of the process's pool if they are many."""
+    if num_bytes <= _ASIDE_BYTES:
+        return work(*arguments)
+    return await asyncio.to_thread(work, *arguments)
+
+
+@dataclass
+class _Course:
+    """How one transfer is going: its waits, and how often each chunk came through broken."""
+
+    log: Log
+    what: dict[str, Any]
+    backoff: Backoff = field(default_factory=Backoff)
+    broken: Counter[int] = field(default_factory=Counter)
+    waiting: bool = False
+
+    def moved(self) -> None:
+        self.backoff.reset()
+        self.waiting = False
+
+    async def wait(self, error: Exception) -> None:
+        if not self.waiting:
+            self.log("transfer.cut", **self.what, reason=str(error) or type(error).__name__)
+        self.waiting = True
+        await asyncio.sleep(self.backoff.next_s())
+
+    def count_broken(self, chunk: int, hint: str) -> None:
+        self.broken[chunk] += 1
+        self.log("transfer.broken", **self.what, chunk=chunk, times=self.broken[chunk])
+        if self.broken[chunk] >= TRIES:
+            raise SiteError(f"chunk {chunk} came through broken {TRIES} times", hint=hint)
+
+
+class Transfer:
+    """Fetches frames into an inbox, and pushes updates."""
+
+    def __init__(self, link: Link, inbox: Inbox, log: Log) -> None:
+        self._link, self._inbox, self._log = link, inbox, log
+
+    async def fetch(
+        self, run: str, digest: str, round: int, *, layout: Layout, wanted: Callable[[], Iterable[str]] = tuple
+    ) -> dict[str, NamedTensors]:
+        """The channels of a frame, fetched unless they are here.
+
+        Args:
+            digest: the frame's, in hex.
+            layout: what its tensors must be, by the signed job.
+            wanted: digests that other tasks in hand name; their frames are not deleted when this one is complete.
+
+        Raises:
+            SiteError: it is another frame than asked for, its tensors are not the job's, or a chunk came broken
+                three times.
+            StorageError: no room for it.
+        """
+        held = self._inbox.held(run, digest)
+        if held is not None:
+            return held
+        arrival = await asyncio.to_thread(self._inbox.resume, run, digest)
+        course = _Course(self._log, {"run": run, "frame": digest[:12]})
+        while arrival is None or arrival.first_missing() is not None:
+            session = await self._link.session()
+            try:
+                arrival = await self._fetch_some(session, run, digest, arrival, layout, course)
+            except (UnreachableError, TimeoutError) as error:
+                arrival = arrival or await asyncio.to_thread(self._inbox.resume, run, digest)
+                await course.wait(error)
+        return self._inbox.finish(run, round, arrival, wanted=wanted())
+
+    async def _fetch_some(
+        self, session: Session, run: str, digest: str, arrival: Arrival | None, layout: Layout, course: _Course
+    ) -> Arrival:
+        """One call: chunks from the first missing one on, up to one that is here or came broken."""
+        first = 0 if arrival is None else arrival.first_missing() or 0
+        call = session.transfer["Fetch"](pb.FetchRequest(run=run, frame=digest, first=first))
+        try:
+            header = await _next(call)
+            if header_digest(header) != digest:
+                raise SiteError(f"the coordinator sent another frame than {digest[:12]}, which was asked for")
+            if arrival is None:
+                arrival = self._inbox.begin(run, _frame(header, layout))
+            for index in range(first, len(arrival.held)):
+                if arrival.held[index]:
+                    return arrival
+                chunk = await _next(call)
+                if not await aside(len(chunk), arrival.keep, index, chunk):
+                    course.count_broken(index, _DAMAGE)
+                    return arrival
+                course.moved()
+            return arrival
+        finally:
+            call.cancel()
+
+    async def push(self, signed: pb.SignedManifest, parcel: Parcel, leaving: Leaving) -> pb.UploadStatus:
+        """Send an update until it is accepted or refused.
+
+        Args:
+            leaving: told before they are sent how many bytes and chunks are; what it raises ends the push.
+
+        Raises:
+            SiteError: a chunk came through broken three times, or the coordinator's answer makes no sense.
+            Refused: the coordinator will not hear of it.
+        """
+        course = _Course(self._log, {"frame": parcel.frame.digest[:12]})
+        push = _Push(parcel, leaving, course)
+        await leaving(len(parcel.manifest), 0)
+        while True:
+            session = await self._link.session()
+            try:
+                with calling():
+                    status: pb.UploadStatus = await session.federation["OpenUpload"](signed)
+                if status.state == pb.UploadStatus.OPEN:
+                    push.count_broken(status.missing)
+                    status = await push.send(session, status)
+            except (UnreachableError, TimeoutError) as error:
+                push.whole = False
+                await course.wait(error)
+                continue
+            if status.state in (pb.UploadStatus.ACCEPTED, pb.UploadStatus.REFUSED):
+                return status
+            if status.state != pb.UploadStatus.OPEN:
+                raise SiteError("the coordinator says neither that it has the update nor what it misses")
+
+
+@dataclass
+class _Push:
+    """One update on its way out.
+
+    Args:
+        counted: chunks whose bytes `leaving` was told of, and that have not been sent since.
+        whole: whether the last call came to its end, so that what is missing after it came through broken.
+    """
+
+    parcel: Parcel
+    leaving: Leaving
+    course: _Course
+    counted: set[int] = field(default_factory=set)
+    whole: bool = False
+
+    def count_broken(self, missing: Iterable[int]) -> None:
+        if self.whole:
+            for index in missing:
+                self.course.count_broken(index, _DAMAGE)
+
+    async def send(self, session: Session, status: pb.UploadStatus) -> pb.UploadStatus:
+        """One call: the chunks that are missing, in the order in which they were asked for."""
+        await self._count(status.missing)
+        self.whole = False
+        call = session.transfer["Push"](metadata=((UPLOAD_KEY, status.upload),))
+        try:
+            for index in status.missing:
+                piece = self.parcel.frame.plan.pieces[index]
+                message = await aside(piece.num_bytes, pack_chunk, index, piece_of(self.parcel.tensors, piece))
+                if call.done():  # the coordinator has answered early: it needs no more
+                    break
+                self.counted.discard(index)
+                async with asyncio.timeout(STALL_S):
+                    with calling():
+                        await call.write(message)
+                self.course.moved()
+            else:
+                self.whole = True
+            with calling():
+                if not call.done():
+                    await call.done_writing()
+                return await call  # type: ignore[no-any-return]
+        finally:
+            call.cancel()
+
+    async def _count(self, missing: Iterable[int]) -> None:
+        """Tell of what is about to leave: a chunk that is sent again counts again."""
+        pieces = self.parcel.frame.plan.pieces
+        fresh = set(missing) - self.counted
+        if fresh and max(fresh) >= len(pieces):
+            raise SiteError(f"the coordinator asks for chunk {max(fresh)} of {len(pieces)}")
+        if fresh:
+            await self.leaving(sum(pieces[index].num_bytes for index in fresh), len(fresh))
+        self.counted |= fresh
+
+
+def _frame(header: bytes, layout: Layout) -> Frame:
+    frame = parse_header(header)
+    if frame.plan.layout != layout:
+        raise SiteError("the global tensors' names, shapes or dtypes are not those of the signed job")
+    return frame
+
+
+async def _next(call: Any) -> bytes:
+    """The next raw message of a stream; its end is an error, for more was promised."""
+    async with asyncio.timeout(STALL_S):
+        with calling():
+            message = await call.read()
+            if message is END:
+                await call.code()
+                raise UnreachableError("the coordinator ended the transfer before it was complete", retry=True)
+    return message  # type: ignore[no-any-return]
