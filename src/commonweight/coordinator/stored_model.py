@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from ..errors import RoundError, StateError
+from ..errors import StateError
 from ..federation.messages import Engine
 from ..model.tensors import Entry, Layout, NamedTensors, bytes_of
 from ..strategies.base import ServerState, SumStrategy
@@ -69,6 +70,11 @@ class StoredModel:
         sent = [Channel("theta"), *(Channel(name, wide=True) for name in slots if name in strategy.broadcast_channels)]
         kept = [Channel(name, wide=True) for name in slots if name not in strategy.broadcast_channels]
         self._layout = plan.layout
+        self._entries: dict[torch.dtype, tuple[list[Entry], list[int]]] = {}
+        for entry in plan.layout.entries:
+            entries, starts = self._entries.setdefault(entry.dtype, ([], []))
+            entries.append(entry)
+            starts.append(entry.offset)
         self.base_plan = Plan(plan.layout, tuple(sent), plan.chunk_bytes)
         self.slot_plan = Plan(plan.layout, tuple(kept), plan.chunk_bytes) if kept else None
         self.base, self.slots = initial, ""
@@ -79,30 +85,29 @@ class StoredModel:
         return self._layout
 
     def first(self) -> dict[str, Any]:
-        if len(self.base_plan.channels) > 1:
-            self.base = self._with_zero_slots()
-        self.slots = self._zeros(self.slot_plan) if self.slot_plan is not None else ""
+        if not self.strategy.slot_names:
+            return self.record()
+        base = self.files.open(self.initial)
+        with FrameWriter(self.files, self.base_plan) as new_base:
+            if self.slot_plan is None:
+                self._begin(base, new_base, None)
+            else:
+                with FrameWriter(self.files, self.slot_plan) as new_slots:
+                    self._begin(base, new_base, new_slots)
+                    self.slots = new_slots.finish().digest
+            self.base = new_base.finish().digest
         return self.record()
+
+    def _begin(self, base: StoredFrame, new_base: FrameWriter, new_slots: FrameWriter | None) -> None:
+        """The strategy's state before round 1, one stretch of elements after the other."""
+        places = _Places(base, None, new_base, new_slots)
+        for piece in base.frame.plan.pieces:
+            layout = self._layout_of(piece)
+            places.put(piece, self.strategy.init(NamedTensors(layout, {piece.dtype: base.tensor(piece)})))
 
     def record(self) -> dict[str, Any]:
         """What the journal keeps of the state."""
         return {"base": self.base, "slots": self.slots}
-
-    def _with_zero_slots(self) -> str:
-        """θ as it was sent in, with the broadcast slots at zero beside it."""
-        theta = self.files.open(self.initial)
-        with FrameWriter(self.files, self.base_plan) as writer:
-            for piece in self.base_plan.pieces:
-                of_theta = piece.channel == "theta"
-                values = theta.tensor(theta.frame.plan.pieces[piece.index]) if of_theta else _zeros(piece)
-                writer.write(piece.index, bytes_of(values))
-            return writer.finish().digest
-
-    def _zeros(self, plan: Plan) -> str:
-        with FrameWriter(self.files, plan) as writer:
-            for piece in plan.pieces:
-                writer.write(piece.index, bytes_of(_zeros(piece)))
-            return writer.finish().digest
 
     def restore(self, round: int, record: Mapping[str, Any]) -> None:
         self.base, self.slots = record["base"], record["slots"]
@@ -160,7 +165,7 @@ class StoredModel:
 
     def _step(self, piece: Piece, places: _Places, sealed: list[SealedFile]) -> None:
         """The strategy's whole round, on one stretch of elements."""
-        layout = Layout((Entry(_name(self._layout, piece), piece.dtype, (piece.numel,), 0, piece.numel),))
+        layout = self._layout_of(piece)
         theta = places.base.tensor(piece)
         slots = {name: places.read(name, piece) for name in self.strategy.slot_names}
         state = ServerState(
@@ -172,9 +177,20 @@ class StoredModel:
             for update, file in zip(self._updates, sealed, strict=True):
                 fold.add(_stretch(update, file, piece, layout))
             state = self.strategy.close(state, fold)
-        places.write("theta", piece, state.theta.flats[piece.dtype])
-        for name, slot in state.slots.items():
-            places.write(name, piece, slot.flats[piece.dtype])
+        places.put(piece, state)
+
+    def _layout_of(self, piece: Piece) -> Layout:
+        """The layout of a stretch of elements: the parts of tensors that lie in it, under the tensors' names."""
+        entries, starts = self._entries[piece.dtype]
+        first = max(0, bisect_right(starts, piece.start) - 1)
+        end, parts = piece.start + piece.numel, []
+        for entry in entries[first:]:
+            if entry.offset >= end:
+                break
+            begin, stop = max(entry.offset, piece.start), min(entry.offset + entry.numel, end)
+            if stop > begin:
+                parts.append(Entry(entry.name, piece.dtype, (stop - begin,), begin - piece.start, stop - begin))
+        return Layout(tuple(parts))
 
     def digest(self) -> str:
         """`NamedTensors.digest` of θ, read chunk by chunk."""
@@ -196,10 +212,12 @@ class _Places:
         self._write: dict[str, FrameWriter] = {}
         self._pieces: dict[tuple[str, torch.dtype], list[Piece]] = {}
         for frame, writer in ((base, new_base), (slots, new_slots)):
-            if frame is None or writer is None:
+            if writer is None:
                 continue
             for channel in writer.plan.channels:
-                self._read[channel.name], self._write[channel.name] = frame, writer
+                self._write[channel.name] = writer
+                if frame is not None:
+                    self._read[channel.name] = frame
             for piece in writer.plan.pieces:
                 self._pieces.setdefault((piece.channel, piece.dtype), []).append(piece)
 
@@ -214,7 +232,13 @@ class _Places:
         parts = [self._read[channel].tensor(part) for part in self._stretch(channel, piece)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def write(self, channel: str, piece: Piece, values: Tensor) -> None:
+    def put(self, piece: Piece, state: ServerState) -> None:
+        """Write a strategy's state over the elements of a piece of θ."""
+        self._put("theta", piece, state.theta.flats[piece.dtype])
+        for name, slot in state.slots.items():
+            self._put(name, piece, slot.flats[piece.dtype])
+
+    def _put(self, channel: str, piece: Piece, values: Tensor) -> None:
         for part in self._stretch(channel, piece):
             start = part.start - piece.start
             self._write[channel].write(part.index, bytes_of(values[start : start + part.numel]))
@@ -253,15 +277,3 @@ def _parts(plan: Plan, piece: Piece) -> dict[str, Piece]:
         assert (part.start, part.numel, part.dtype) == (piece.start, piece.numel, piece.dtype)
         found[channel.name] = part
     return found
-
-
-def _zeros(piece: Piece) -> Tensor:
-    return torch.zeros(piece.numel, dtype=piece.held)
-
-
-def _name(layout: Layout, piece: Piece) -> str:
-    """The tensor in which a piece begins: named where something is wrong with it."""
-    for entry in layout.entries:
-        if entry.dtype == piece.dtype and entry.offset <= piece.start < entry.offset + max(1, entry.numel):
-            return entry.name
-    raise RoundError(f"no tensor has element {piece.start} of {piece.dtype}")
