@@ -24,10 +24,9 @@ import psycopg
 import pytest
 
 _USER = "commonweight"
-#: no durability against a loss of power is needed here
+#: what is committed survives a crash of the server, but not a loss of power
 _OPTIONS = {
     "fsync": "off",
-    "synchronous_commit": "off",
     "full_page_writes": "off",
     "shared_buffers": "32MB",
     "max_connections": "100",

@@ -366,6 +366,7 @@ def test_what_has_left_in_a_round_is_not_counted_as_yet_to_be_sent() -> None:
         ("first-run", Spent(runs=3), True),
         ("first-run", Spent(runs=3, runs_of_signer=1), False),
         ("first-run", Spent(approval="approved"), False),
+        ("first-run", Spent(runs_of_signer=1, approval="pending"), True),
         ("every-run", Spent(runs=3, runs_of_signer=1), True),
         ("every-run", Spent(approval="pending"), True),
         ("every-run", Spent(approval="approved"), False),
@@ -465,7 +466,16 @@ def test_facts_come_from_the_recipe(make_recipe: Callable[..., Recipe]) -> None:
     facts = facts_of(recipe, header("theta"))
     assert facts == make_facts(name="small", update_bytes=4 * 22)
     assert JobFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
-    for part in ("r1 (small)", "triage", "lena", KEY, MODEL, "10 rounds of fedavg / sft", "at least 3 of 5", "ε = ∞"):
+    for part in (
+        "r1 (small)",
+        "triage",
+        "lena",
+        KEY,
+        MODEL,
+        "10 rounds of fedavg / sft",
+        "at least 3 of 5 sites",
+        "ε = ∞",
+    ):
         assert part in facts.summary()
 
 
@@ -504,7 +514,8 @@ def test_facts_need_a_readable_header(make_recipe: Callable[..., Recipe]) -> Non
 
 def test_a_job_that_states_nothing_is_denied(make_recipe: Callable[..., Recipe]) -> None:
     facts = facts_of(make_recipe(), header("theta"), must_match={}, num_sites=0, signer_role="")
-    assert (facts.model, facts.num_sites) == ("", 1)
+    assert facts.model == ""
+    assert "of all enrolled sites" in facts.summary()
     denied = decide(make_policy(models=["any"]), facts, NOTHING).text
     assert "must state the digest" in denied
     assert "this one by a nobody" in denied

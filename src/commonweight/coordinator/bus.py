@@ -155,9 +155,10 @@ class Bus:
         self._stopped.set()
         for subscription in self._subscriptions:
             subscription.close()
-        if self._listener is not None and self._listener.is_alive():
-            self._waker[1].close()  # which the other end sees
+        self._waker[1].close()  # which the other end sees
+        if self._listener is not None:
             self._listener.join(timeout=5.0)
+        self._waker[0].close()
 
     def _listen(self) -> None:
         import psycopg

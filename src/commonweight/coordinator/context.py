@@ -94,6 +94,10 @@ class Context:
             raise AccessError(f"run {plan.job.name!r} is not for site {holder.name!r}")
         return plan
 
+    def certificate(self) -> bytes:
+        """This coordinator's own, PEM."""
+        return (self.folder / "server" / "tls.pem").read_bytes()
+
     def audit_head(self) -> AuditHead:
         """The head of the audit log, signed, for others to keep."""
         sequence, digest = self.store.audit_head()

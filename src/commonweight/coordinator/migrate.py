@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -12,6 +13,8 @@ from .tables import REVISION
 
 #: any number; it names the lock under which PostgreSQL's transactions migrate
 _LOCK = 0x6D696772617465
+#: alembic keeps what it is doing in a global of its own
+_one_at_a_time = threading.Lock()
 
 
 def migrate(tx: Writing) -> None:
@@ -40,7 +43,8 @@ def migrate(tx: Writing) -> None:
         )
     if present is None and sa.inspect(tx.connection).has_table("runs"):
         raise StateError("the database holds another program's tables", hint="give the coordinator one of its own")
-    command.upgrade(config, REVISION)
+    with _one_at_a_time:
+        command.upgrade(config, REVISION)
 
 
 def _revision(connection: sa.Connection) -> str | None:

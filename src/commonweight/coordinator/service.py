@@ -30,7 +30,7 @@ from ..wire.protocol_pb2 import (
     Welcome,
 )
 from ..wire.refusals import Refusal, Refused
-from ..wire.service import PROTOCOL_MAX, PROTOCOL_MIN, UPLOAD_KEY
+from ..wire.service import CERTIFICATE_KEY, PROTOCOL_MAX, PROTOCOL_MIN, UPLOAD_KEY
 from .context import Context
 from .frame_files import StoredFrame
 from .hub import Stream
@@ -61,6 +61,7 @@ class FederationService:
     async def Attend(
         self, requests: AsyncIterator[SiteMessage], holder: Holder, context: Any
     ) -> AsyncIterator[CoordinatorMessage]:
+        await context.send_initial_metadata(((CERTIFICATE_KEY, self.here.certificate()),))
         hello = await self._hello(requests)
         if hello is None:
             yield CoordinatorMessage(bye=Bye(reason="the first message must be a hello", come_back=True))

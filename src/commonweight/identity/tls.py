@@ -14,19 +14,21 @@ lets a client see no more of the other's certificate than this.
 **Which version.** gRPC-Python cannot be told a lowest version of TLS: left alone, it would speak 1.2 too. But it takes
 the list of TLS 1.2's cipher suites from the environment, when it is loaded; TLS 1.3's are not on that list. The one
 suite given here needs an RSA certificate, and the authority issues ECDSA ones only: under TLS 1.2 the two ends find
-nothing in common, as client and as server, and only a 1.3 handshake can end well. `peer` looks at the version again.
+nothing in common, as client and as server, and only a 1.3 handshake can end well. Whether gRPC has taken it (it has not
+if it was loaded before), `enforce_tls13` finds out from gRPC itself; `peer` looks at each connection's version again.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 SUITES_VARIABLE, SUITE = "GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES256-GCM-SHA384"
 if "grpc" not in sys.modules:
@@ -34,7 +36,7 @@ if "grpc" not in sys.modules:
 
 import grpc  # noqa: E402
 
-from ..errors import AccessError, CommonweightError  # noqa: E402
+from ..errors import AccessError, CommonweightError, UnreachableError  # noqa: E402
 from .authority import TARGET_NAME  # noqa: E402
 from .certificates import (  # noqa: E402
     Holder,
@@ -52,7 +54,9 @@ log = logging.getLogger(__name__)
 #: what clients set on their channels besides the credentials
 TARGET_OPTIONS = (("grpc.ssl_target_name_override", TARGET_NAME),)
 
-_IN_FORCE = os.environ.get(SUITES_VARIABLE) == SUITE
+#: the code points that gRPC may offer: `SUITE`, and TLS 1.3's own (RFC 8446, B.4)
+_ALLOWED = frozenset({0xC030, 0x1301, 0x1302, 0x1303, 0x1304, 0x1305})
+_PROBE_S = 10.0
 _known_holder = lru_cache(maxsize=4096)(holder_of)
 
 
@@ -74,14 +78,54 @@ class CallContext(Protocol):
 def enforce_tls13() -> None:
     """Make sure that gRPC speaks nothing below TLS 1.3 here; whatever gives out credentials asks this first.
 
+    The environment does not tell, for it may have been set too late: gRPC is made to greet a socket of our own (on
+    loopback, a few milliseconds, once a process), and what it offers there is what counts.
+
     Raises:
-        AccessError: gRPC was loaded, with TLS 1.2 allowed, before this module could set it.
+        AccessError: TLS 1.2 is not ruled out.
+        UnreachableError: gRPC did not greet within ten seconds.
     """
-    if not _IN_FORCE:
+    if not _offered() <= _ALLOWED:
         raise AccessError(
-            "gRPC was loaded before commonweight could rule out TLS 1.2",
+            "TLS 1.2 cannot be ruled out: gRPC was loaded before commonweight, or with cipher suites of its own",
             hint=f"import commonweight before grpc, or start the program with {SUITES_VARIABLE}={SUITE}",
         )
+
+
+@lru_cache(maxsize=1)
+def _offered() -> frozenset[int]:
+    """The cipher suites in gRPC's ClientHello, without those that only keep the field open (GREASE, RFC 8701)."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(_PROBE_S)
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        options = [("grpc.enable_http_proxy", 0)]
+        with grpc.secure_channel(address, grpc.ssl_channel_credentials(), options=options) as channel:
+            channel.subscribe(lambda _: None, try_to_connect=True)
+            try:
+                connection, _ = listener.accept()
+                with connection, connection.makefile("rb") as stream:
+                    connection.settimeout(_PROBE_S)
+                    suites = _suites(stream)
+            except OSError as error:
+                raise UnreachableError(
+                    f"gRPC cannot be asked for its TLS version on {address}: {error}",
+                    hint="this machine must allow connections to itself",
+                    retry=True,
+                ) from error
+    return frozenset(suite for suite in suites if suite & 0x0F0F != 0x0A0A)
+
+
+def _suites(stream: IO[bytes]) -> list[int]:
+    """The cipher suites of the ClientHello that a stream begins with (RFC 8446, 4.1.2), as numbers."""
+    record_header = stream.read(5)
+    hello = stream.read(int.from_bytes(record_header[3:5], "big"))
+    at = 4 + 2 + 32  # type and length, version, random
+    at += 1 + hello[at] if len(hello) > at else 0  # session id
+    length = int.from_bytes(hello[at : at + 2], "big")
+    listed = hello[at + 2 : at + 2 + length]
+    if record_header[:1] != b"\x16" or not length or len(listed) != length:
+        raise OSError("no ClientHello came")
+    return [int.from_bytes(listed[k : k + 2], "big") for k in range(0, length, 2)]
 
 
 def server_credentials(

@@ -36,7 +36,7 @@ from ..wire.manifest import DIGEST, RUN, TASK
 from ..wire.refusals import Refused
 from ..wire.service import MAX_MESSAGE_BYTES, PROTOCOL_MAX, PROTOCOL_MIN
 from .audit import SiteAudit
-from .gate import ANSWERS, KINDS, STATES, Alarm, Gate, KnownJob, needs_base, task_of
+from .gate import ANSWERS, KINDS, STATES, Alarm, Gate, KnownJob, task_of
 from .inbox import Inbox
 from .link import Backoff, Link, OpenChannel, Session, calling, dial
 from .log import Log, SiteLog
@@ -141,7 +141,7 @@ class Agent:
     ) -> None:
         folder = policy_file.path.parent
         self.settings, self.identity, self.workshop = settings, identity, workshop
-        self.log = log or SiteLog(folder / "log.jsonl")
+        self.log: Log = log or SiteLog(folder / "log.jsonl")
         self.gate = Gate(folder, lambda: self.identity, policy_file, records, audit, self.log, to=settings.address)
         self.keep_after_s = keep_after_s
         self._own_executor = executor is None
@@ -188,6 +188,8 @@ class Agent:
             if self._own_executor:
                 self._executor.shutdown(wait=False)
             self.log("stopped", site=self.settings.name)
+            if isinstance(self.log, SiteLog):
+                self.log.close()
 
     def stop(self) -> None:
         """Leave: work in hand is interrupted where it can be taken up again. May be called from any thread."""
@@ -486,7 +488,7 @@ class Agent:
 
     async def _base(self, item: _Item, known: KnownJob) -> dict[str, NamedTensors]:
         task = item.task
-        if not needs_base(task):
+        if not task.base and task.kind != "train":
             return {}
         if not DIGEST.fullmatch(task.base):
             raise SiteError(f"the task {task.id} names no digest of tensors to start from")

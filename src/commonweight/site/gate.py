@@ -47,6 +47,8 @@ from .records import SiteRecords, TaskRecord
 #: what leaves in answer to a task of each kind; an update leaves by another way (transfer.py)
 ANSWERS = {"join": "facts", "evaluate": "scores", "chain": "scores", "sample": "samples"}
 KINDS = ("train", *ANSWERS)
+#: how a task ended, as its reply says it
+STATES = {"done": pb.TaskReply.DONE, "refused": pb.TaskReply.REFUSED, "failed": pb.TaskReply.FAILED}
 
 _MAX_RECIPE_CHARACTERS = 1 << 20
 
@@ -336,14 +338,3 @@ def task_of(task: pb.Task, fields: Mapping[str, Any]) -> Task:
             f"the task {task.id} is no task of kind {task.kind!r} that this version knows",
             hint="install the same version of commonweight as the coordinator's",
         ) from error
-
-
-#: how a task ended, as its reply says it
-STATES = {"done": pb.TaskReply.DONE, "refused": pb.TaskReply.REFUSED, "failed": pb.TaskReply.FAILED}
-
-
-def needs_base(task: pb.Task) -> bool:
-    """Whether global tensors go with a task."""
-    if task.kind == "train" and not task.base:
-        raise SiteError(f"the task {task.id} names no tensors to start from")
-    return bool(task.base)

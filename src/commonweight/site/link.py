@@ -24,7 +24,7 @@ from ..identity.tls import TARGET_OPTIONS, channel_credentials
 import grpc
 import grpc.aio
 
-from ..errors import AccessError, CommonweightError, StateError, UnreachableError
+from ..errors import AccessError, CommonweightError, SiteError, UnreachableError
 from ..wire import protocol_pb2 as pb
 from ..wire.refusals import Refusal, Refused
 from ..wire.service import CODE_KEY, FEDERATION, HINT_KEY, PROTOCOL_MAX, PROTOCOL_MIN, TRANSFER, channel_options, stub
@@ -94,7 +94,7 @@ def problem(error: grpc.aio.AioRpcError) -> CommonweightError:
     if code in _ACCESS:
         return AccessError(details or f"the coordinator refused this site ({code.name})", hint=hint)
     if code in _FINAL:
-        return StateError(f"the coordinator answered: {details or code.name}", hint=hint)
+        return SiteError(f"the coordinator answered: {details or code.name}", hint=hint)
     return UnreachableError(f"{code.name}: {details}" if details else code.name, hint=hint, retry=True)
 
 
@@ -154,6 +154,12 @@ class Session:
     _written: list[str] = field(default_factory=list)
     _beats: deque[list[str]] = field(default_factory=deque)
 
+    @property
+    def heartbeat_s(self) -> float:
+        """Seconds between heartbeats: the coordinator's wish, within reason."""
+        asked = self.welcome.heartbeat_s
+        return asked if 0.01 <= asked <= 3600 else 10.0
+
     def send(self, message: pb.SiteMessage) -> None:
         self.outgoing.put_nowait(message)
 
@@ -200,7 +206,7 @@ class Link:
                 reason = error.message
             except TimeoutError:
                 reason = f"no answer within {WELCOME_S:g} s"
-            except (StateError, Refused) as error:
+            except (SiteError, Refused) as error:
                 reason = error.message
             except AccessError as error:
                 if not error.retry:
@@ -278,7 +284,7 @@ class Link:
         return message.welcome, bytes(metadata.get(CERTIFICATE_KEY, b""))
 
     async def _read(self, call: Any, session: Session) -> str:
-        patience = 3 * session.welcome.heartbeat_s + 1
+        patience = 3 * session.heartbeat_s + 1
         while True:
             try:
                 async with asyncio.timeout(patience):
@@ -297,7 +303,7 @@ class Link:
                 self._attendant.heard(message)
 
     async def _write(self, call: Any, session: Session) -> None:
-        loop, period = asyncio.get_running_loop(), max(session.welcome.heartbeat_s, 0.01)
+        loop, period = asyncio.get_running_loop(), session.heartbeat_s
         beat_at = loop.time() + random.uniform(0, period)  # many sites that came back at once do not beat as one
         while True:
             try:
@@ -314,7 +320,7 @@ class Link:
         if self._session is None:
             self._session = asyncio.get_running_loop().create_future()
         self._session.set_result(session)
-        self._log("connected", protocol=session.welcome.protocol, heartbeat_s=session.welcome.heartbeat_s)
+        self._log("connected", protocol=session.welcome.protocol, heartbeat_s=session.heartbeat_s)
         self._lost = None
         self._attendant.welcomed(session)
 

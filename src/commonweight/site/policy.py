@@ -229,7 +229,7 @@ class JobFacts:
         samples: held-out prompts that the run wants answered, over all its sites.
         dp: `none`, or the unit that is protected.
         epsilon: what the job states; None: no bound (∞).
-        num_sites: sites that are asked.
+        num_sites: sites that the job names; 0: every enrolled site.
     """
 
     run: str
@@ -272,12 +272,11 @@ class JobFacts:
 
         Args:
             must_match, initial: the job's fields of these names.
-            num_sites: sites that the job asks (0 is taken as 1).
+            num_sites: sites that the job names; 0: it asks every enrolled site.
 
         Raises:
             Refused: `initial` is no frame's header.
         """
-        sites = max(1, num_sites)
         strategy = recipe.federation.strategy.name
         return cls(
             run=run,
@@ -299,7 +298,7 @@ class JobFacts:
             epsilon=None,
             secure_aggregation=False,
             trust_remote_code=recipe.model.trust_remote_code,
-            num_sites=sites,
+            num_sites=num_sites,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -319,8 +318,8 @@ class JobFacts:
                 f"run {self.run} ({self.name}): {self.kind}, purpose {self.purpose or 'not stated'}",
                 f"signed by {self.signer} ({self.signer_role}, key {self.signer_key})",
                 f"base model {self.model or 'not stated'}",
-                f"{self.rounds} rounds of {self.strategy} / {self.objective}, at least {self.min_cohort} of "
-                f"{self.num_sites} sites a round",
+                f"{self.rounds} rounds of {self.strategy} / {self.objective}; a round combines at least "
+                f"{self.min_cohort} of {self.num_sites or 'all enrolled'} sites",
                 f"up to {size(self.update_bytes)} leave in a round; {self.samples} sample prompts in all",
                 f"differential privacy: {self.dp}, ε = {epsilon}; secure aggregation: "
                 f"{'yes' if self.secure_aggregation else 'no'}",
@@ -452,7 +451,8 @@ def decide_sending(policy: Policy, what: str, num_bytes: int, spent: Spent) -> D
 
 
 def _decision(policy: Policy, facts: JobFacts, spent: Spent, reasons: list[str]) -> Decision:
-    asks = policy.approval == "every-run" or (policy.approval == "first-run" and spent.runs_of_signer == 0)
+    unknown = spent.runs_of_signer == 0 or spent.approval == "pending"  # a question once put waits for its answer
+    asks = policy.approval == "every-run" or (policy.approval == "first-run" and unknown)
     open_question = asks and spent.approval != "approved"
     return Decision(not reasons, reasons, not reasons and open_question, tuple(_withheld(policy, facts)))
 

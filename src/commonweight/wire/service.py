@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 PROTOCOL_MIN = PROTOCOL_MAX = 1
 
 UPLOAD_KEY = "commonweight-upload"
+#: metadata with which `Attend` begins its answer: the coordinator's certificate, PEM, whose key signs audit heads
+CERTIFICATE_KEY = "commonweight-certificate-bin"
 #: metadata of a call that ended with an error for a person: kind (class name), hint
 HINT_KEY = "commonweight-hint"
 CODE_KEY = "commonweight-code"
