@@ -33,7 +33,7 @@ _OPTIONS = {
     "listen_addresses": "127.0.0.1",
 }
 #: waits until its standard input is closed, then ends the server: a test process that is killed leaves none behind
-_WATCH = 'cat >/dev/null; kill -QUIT "$0"'
+_WATCH = 'cat >/dev/null; kill -QUIT "$0"; sleep 1; rm -rf "$1"'
 
 
 class Cluster:
@@ -66,7 +66,7 @@ class Cluster:
         command = [self._programs / "postgres", "-D", self._data, "-p", str(self.port), "-k", self.folder, *options]
         with (self.folder / "log").open("ab") as log:
             self._server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **self._as())
-        watch = ["/bin/sh", "-c", _WATCH, str(self._server.pid)]
+        watch = ["/bin/sh", "-c", _WATCH, str(self._server.pid), str(self.folder)]
         self._watch = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True, **self._as())
         ends = time.monotonic() + 60
         while True:

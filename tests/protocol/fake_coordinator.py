@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -19,8 +20,15 @@ from commonweight.model.tensors import NamedTensors
 from commonweight.wire import protocol_pb2 as pb
 from commonweight.wire.frames import Channel, Frame, frame_of, parse_header, piece_of, plan_for, unpack_chunk
 from commonweight.wire.manifest import check_chunk
-from commonweight.wire.refusals import Refused
-from commonweight.wire.service import FEDERATION, TRANSFER, UPLOAD_KEY, channel_options, handler
+from commonweight.wire.service import (
+    CERTIFICATE_KEY,
+    FEDERATION,
+    HINT_KEY,
+    TRANSFER,
+    UPLOAD_KEY,
+    channel_options,
+    handler,
+)
 
 import grpc  # isort: skip
 import grpc.aio  # isort: skip
@@ -104,7 +112,9 @@ class FakeCoordinator:
     cut_fetch, cut_push: chunks after which (each once) a transfer is cut.
     spoil: chunks of fetches that are damaged, and how often.
     lose: chunks of pushes that are dropped as broken, and how often.
+    hasty: answers a push at the first broken chunk.
     refuse: (code, reason) for every upload.
+    busy: uploads that cannot be opened now, but may be later.
     abort: status with which `Attend` ends at once.
     """
 
@@ -113,6 +123,7 @@ class FakeCoordinator:
         self.identity = people.enrol("coordinator", "coordinator")
         self.port = 0
         self.visits: list[Visit] = []
+        self.ended: dict[str, pb.TaskReply] = {}
         self.jobs: dict[str, pb.SignedJob] = {}
         self.jobs_asked: Counter[str] = Counter()
         self.frames: dict[str, Body] = {}
@@ -127,6 +138,8 @@ class FakeCoordinator:
         self.cut_push: set[int] = set()
         self.spoil: Counter[int] = Counter()
         self.lose: Counter[int] = Counter()
+        self.hasty = False
+        self.busy = 0
         self.refuse: tuple[str, str] | None = None
         self.abort: grpc.StatusCode | None = None
         self.renewals = 0
@@ -158,8 +171,7 @@ class FakeCoordinator:
         return [reply.state for visit in self.visits for reply in visit.replies if reply.task == task]
 
     def last_reply(self, task: str) -> pb.TaskReply | None:
-        found = [reply for visit in self.visits for reply in visit.replies if reply.task == task]
-        return found[-1] if found and found[-1].state != pb.TaskReply.TAKEN else None
+        return self.ended.get(task)
 
     def sign_head(self, sequence: int, hash: bytes) -> pb.AuditHead:
         signature = self.identity.signing_key.sign(AUDIT, sequence.to_bytes(8, "big") + hash)
@@ -171,7 +183,7 @@ class FakeCoordinator:
         if self.abort is not None:
             await context.abort(self.abort, "go away")
         hello = (await context.read()).hello
-        await context.send_initial_metadata((("commonweight-certificate-bin", self.identity.certificate),))
+        await context.send_initial_metadata(((CERTIFICATE_KEY, self.identity.certificate),))
         visit = Visit(hello)
         self.visits.append(visit)
         if self.mute:
@@ -194,6 +206,8 @@ class FakeCoordinator:
                 continue
             if message.HasField("reply"):
                 visit.replies.append(message.reply)
+                if message.reply.state != pb.TaskReply.TAKEN:
+                    self.ended[message.reply.task] = message.reply
             if message.HasField("heartbeat"):
                 visit.progress.extend(progress.note for progress in message.heartbeat.progress)
                 visit.out.put_nowait(pb.CoordinatorMessage(heartbeat=pb.Heartbeat()))
@@ -207,6 +221,10 @@ class FakeCoordinator:
 
     async def OpenUpload(self, signed: pb.SignedManifest, context: Any) -> pb.UploadStatus:
         manifest = pb.Manifest.FromString(signed.manifest)
+        if self.busy > 0:
+            self.busy -= 1
+            details = json.dumps({"kind": "StateError", "hint": "", "retry": True}).encode()
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "not now", ((HINT_KEY + "-bin", details),))
         if self.refuse is not None:
             code, reason = self.refuse
             return pb.UploadStatus(state=pb.UploadStatus.REFUSED, code=code, reason=reason)
@@ -255,16 +273,19 @@ class FakeCoordinator:
             self.pushed[index] += 1
             if self.lose[index] > 0:
                 self.lose[index] -= 1
+                if self.hasty:
+                    return self._status(name)
                 continue
-            try:
-                check_chunk(upload.frame, index, chunk)
-            except Refused:
-                continue
+            check_chunk(upload.frame, index, chunk)
             upload.chunks[index] = bytes(chunk)
             if index in self.cut_push:
                 self.cut_push.discard(index)
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
-        return self._status(name)
+        status = self._status(name)
+        if status.state == pb.UploadStatus.ACCEPTED:  # the task is over for the coordinator before the site knows why
+            self.send(withdraw=pb.Withdraw(task=upload.manifest.task, reason="it is over"))
+            await asyncio.sleep(0.02)
+        return status
 
     def signed_by(self, upload: Upload, site: IdentityFolder) -> bool:
         return verify(site.holder.signing_key, UPDATE, upload.signed.manifest, upload.signed.signature)

@@ -30,7 +30,7 @@ from commonweight.wire.refusals import Refused
 from tests.protocol.fuzzing import TARGETS, samples_of, sent_frames
 
 #: packages whose modules receive what others send
-RECEIVING = ("wire", "coordinator", "site", "identity")
+RECEIVING = ("wire", "coordinator", "site", "lead", "identity")
 #: ways to run what somebody else wrote
 _EVENTS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen")
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import os
+import signal
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -146,7 +149,7 @@ class Site:
     def policy(self, **changes: Any) -> None:
         (self.folder / "policy.yaml").write_text(json.dumps({**POLICY, **changes}))
 
-    def start(self) -> None:
+    def start(self, *, signals: bool = False) -> None:
         self.records = SiteRecords(self.folder / "state.sqlite")
         self.audit = SiteAudit(self.folder / "audit.jsonl", self.records)
         settings = SiteSettings(
@@ -163,7 +166,7 @@ class Site:
             log=lambda event, **fields: self.log.append((event, fields)),
             **options,
         )
-        self.task = asyncio.create_task(self.agent.run())
+        self.task = asyncio.create_task(self.agent.run(signals=signals))
 
     async def stop(self) -> None:
         self.agent.stop()
@@ -263,8 +266,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         )  # a wide channel came wide
         assert coordinator.jobs_asked == {"run1": 1}
         assert [row["bytes"] for row in site.audited("update")] == [
-            len(upload.signed.manifest),
-            upload.frame.plan.num_bytes,
+            len(upload.signed.manifest) + upload.frame.plan.num_bytes
         ]
         assert site.records.spent("run1", 1).bytes_round == sum(
             row["bytes"] for what in ("update", "scores") for row in site.audited(what)
@@ -367,11 +369,15 @@ def test_many_agents_in_one_process(tmp_path: Path) -> None:
         stage = Stage(tmp_path, heartbeat_s=1.0)
         await stage.coordinator.start()
 
+        numbers = itertools.count(1)
+
         def offer(visit: Any) -> None:
-            number = len(stage.coordinator.visits)
+            number = next(numbers)
             for kind in ("join", "evaluate"):
                 body = {"join": b"{}", "evaluate": b'{"sites": ["north"]}'}[kind]
-                task = pb.Task(id=f"{kind}-{number}", run="run1", kind=kind, body=body, base="")
+                task = pb.Task(id=f"{kind}-{number}", run="run1", kind=kind, body=body)
+                if kind == "evaluate":
+                    task.base = stage.base
                 visit.out.put_nowait(pb.CoordinatorMessage(task=task))
 
         stage.coordinator.on_visit = offer
@@ -383,12 +389,12 @@ def test_many_agents_in_one_process(tmp_path: Path) -> None:
                 site.start()
             ids = [f"{kind}-{k}" for kind in ("join", "evaluate") for k in range(1, count + 1)]
             try:
-                await until(lambda: all(stage.coordinator.last_reply(id) is not None for id in ids))
+                await until(lambda: len(stage.coordinator.ended) == len(ids))
                 assert threading.active_count() - before < 20
             finally:
                 await asyncio.gather(*(site.stop() for site in sites))
-        assert all((reply := stage.coordinator.last_reply(id)) is not None and reply.state == DONE for id in ids)
-        await stage.coordinator.stop()
+                await stage.coordinator.stop()
+        assert [stage.coordinator.ended[id].state for id in ids] == [DONE] * len(ids)
 
     asyncio.run(whole())
 
@@ -497,7 +503,7 @@ def test_a_body_that_makes_no_sense_fails(tmp_path: Path) -> None:
             assert (await stage.ended(id)).state == FAILED
         for id, run, kind in (("../x", "run1", "join"), ("d", "../../etc", "join"), ("e", "run1", "shell")):
             stage.coordinator.send(task=pb.Task(id=id, run=run, kind=kind))
-        await until(lambda: len(stage.site.events("task.ignored")) == 3)
+        await until(lambda: len(stage.site.events("message.ignored")) == 3)
         assert stage.site.bench.calls == []
         assert not (tmp_path / "etc").exists()
 
@@ -531,9 +537,14 @@ def test_a_run_that_ends_takes_its_tasks_along(tmp_path: Path) -> None:
         stage.coordinator.send(ended=pb.RunEnded(run="run1", state="cancelled"))
         await until(lambda: stage.site.bench.cancelled == 1 and not list(stage.site.folder.glob("runs/run1/base-*")))
         assert stage.site.bench.forgotten == ["run1"]
-        record = stage.site.records.job("run1")
-        await until(lambda: (record := stage.site.records.job("run1")) is not None and record.state == "ended")
-        assert record is not None
+        await until(lambda: not stage.site.agent.gate.goes_on("run1"))
+        for run in ("run1", "unknown"):  # a coordinator says so at each connection
+            stage.coordinator.send(ended=pb.RunEnded(run=run, state="cancelled"))
+        stage.add_job("run2")
+        stage.offer("j", "join", run="run2", round=0)
+        await stage.ended("j")
+        assert stage.site.bench.forgotten == ["run1"]
+        assert len(stage.site.events("run.ended")) == 1
 
     play(tmp_path, scene)
 
@@ -568,7 +579,7 @@ def test_without_a_policy_everything_is_denied_and_no_path_leaves(tmp_path: Path
         reply = await stage.ended("j")
         assert reply.state == REFUSED
         assert str(tmp_path) not in reply.reason
-        assert str(tmp_path) in stage.site.events("policy.unusable")[0]["reason"]
+        assert str(tmp_path) in stage.site.events("policy.unusable")[0]["hint"]
 
     play(tmp_path, scene)
 
@@ -720,7 +731,7 @@ def test_tensors_that_are_not_the_jobs_are_not_taken(tmp_path: Path) -> None:
         stage.offer("t2", round=2, base="cd" * 32)
         assert "another frame" in (await stage.ended("t2")).reason
         stage.offer("t3", round=3, base="../../policy.yaml")
-        assert (await stage.ended("t3")).state == FAILED
+        await until(lambda: bool(stage.site.events("message.ignored")))
         assert not list(stage.site.folder.glob("runs/run1/base-*"))
 
     play(tmp_path, scene)
@@ -758,8 +769,24 @@ def test_a_push_goes_on_after_cuts(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
-def test_a_chunk_that_never_arrives_whole_ends_the_task(tmp_path: Path) -> None:
+def test_a_push_that_is_answered_early(tmp_path: Path) -> None:
     async def scene(stage: Stage) -> None:
+        stage.coordinator.hasty = True
+        stage.coordinator.busy = 2
+        stage.coordinator.lose.update({3: 2, 9: 1})
+        stage.offer("t")
+        assert (await stage.ended("t")).state == DONE
+        assert stage.coordinator.pushed[3] == 3
+        assert stage.site.events("update.accepted")
+        assert not stage.site.events("task.withdrawn")  # though the coordinator withdrew it as it was accepted
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("hasty", [False, True])
+def test_a_chunk_that_never_arrives_whole_ends_the_task(tmp_path: Path, hasty: bool) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.coordinator.hasty = hasty
         stage.coordinator.lose[7] = 99
         stage.offer("t")
         reply = await stage.ended("t")
@@ -821,6 +848,34 @@ def test_stopping_interrupts_work(tmp_path: Path) -> None:
         assert stage.site.bench.cancelled == 1
         assert stage.site.records.tasks_in_hand()[0].id == "t"
         assert stage.coordinator.replies("t") == [TAKEN]
+
+    play(tmp_path, scene)
+
+
+def test_a_signal_stops_the_agent(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.site.stop()
+        stage.site.start(signals=True)
+        await stage.attended(2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(stage.site.task, WAIT_S)
+        assert stage.site.events("stopped")
+
+    play(tmp_path, scene)
+
+
+def test_folders_of_ended_runs_go(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        runs = [f"run-{k}" for k in range(7)]
+        for run in runs:
+            stage.add_job(run)
+            stage.offer(f"t-{run}", run=run)
+            assert (await stage.ended(f"t-{run}")).state == DONE
+        for run in runs:
+            stage.coordinator.send(ended=pb.RunEnded(run=run, state="finished"))
+            await until(lambda run=run: not stage.site.agent.gate.goes_on(run))  # type: ignore[misc]
+        await until(lambda: {path.name for path in (stage.site.folder / "runs").iterdir()} == set(runs[2:]))
+        assert len(stage.site.audited("update")) == 7  # what left is remembered
 
     play(tmp_path, scene)
 
@@ -963,6 +1018,13 @@ def test_an_outbox_gives_back_only_what_is_whole_and_asked_for(tmp_path: Path) -
     assert outbox.find("r", "t", base="ab", site="north") is None
     outbox.delete("r", "t")
     assert not list(tmp_path.glob("r/*"))
+
+
+def test_a_full_disk_does_not_end_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    log = SiteLog(Path("/dev/full"), quiet=True)
+    log("task.done", run="run1")
+    assert "No space left" in (told := capsys.readouterr().err)
+    assert "run1" in told
 
 
 def test_the_log_is_for_people_and_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import pickle
 import stat
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -74,6 +75,8 @@ def forged(
     *,
     key: Any = TLS_KEY,
     ca: bool = False,
+    signs_certificates: bool = False,
+    hours: float = 1,
     uses: Sequence[x509.ObjectIdentifier] | None = (ExtendedKeyUsageOID.CLIENT_AUTH,),
     digital_signature: bool = True,
 ) -> bytes:
@@ -87,10 +90,11 @@ def forged(
         .public_key(key.public_key())
         .serial_number(7)
         .not_valid_before(begin)
-        .not_valid_after(begin + timedelta(hours=1))
+        .not_valid_after(begin + timedelta(hours=hours))
         .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
         .add_extension(
-            x509.KeyUsage(digital_signature, False, False, False, False, ca, False, False, False), critical=True
+            x509.KeyUsage(digital_signature, False, False, False, False, signs_certificates, False, False, False),
+            critical=True,
         )
     )
     if uses is not None:
@@ -126,7 +130,11 @@ def test_a_signature_is_plain_ed25519_over_the_domain_line_and_the_message() -> 
         public.verify(SIGNING.sign(domain, b"m"), f"commonweight {line} 1\n".encode() + b"m")
 
 
-@pytest.mark.parametrize(("public", "signature"), [(b"", b"x" * 64), (b"x" * 31, b"x" * 64), (SIGNING.public, b"")])
+@pytest.mark.parametrize(
+    ("public", "signature"),
+    [(b"", b"x" * 64), (b"x" * 31, b"x" * 64), (SIGNING.public, b"")],
+    ids=["empty", "short", "unsigned"],
+)
 def test_malformed_keys_and_signatures_are_false(public: bytes, signature: bytes) -> None:
     assert not verify(public, UPDATE, b"m", signature)
 
@@ -327,7 +335,7 @@ def test_a_request_that_its_own_key_did_not_sign_is_refused(authority: Authority
             authority.issue(broken, name="north", role="site", signing_key=SIGNING.public)
 
 
-@pytest.mark.parametrize("request_", [b"", b"junk", REQUEST[:-5], REQUEST + b"x", b"\x30" * 20_000])
+@pytest.mark.parametrize("request_", [b"", b"junk", REQUEST[:-5], REQUEST + b"x", b"\x30" * 20_000], ids=range(5))
 def test_a_request_that_cannot_be_read_is_refused(request_: bytes) -> None:
     with pytest.raises(AccessError, match="request"):
         requested_key(request_)
@@ -391,6 +399,51 @@ def test_no_certificate_outlives_the_authority(authority: Authority) -> None:
         verify_certificate(late, authority.certificate_pem, at=end + 1)
 
 
+def test_nothing_is_good_after_the_authoritys_own_end(folder: Path, authority: Authority) -> None:
+    endless = forged(folder, [SITE_URI, KEY_URI], hours=20 * 365 * 24)
+    end = x509.load_pem_x509_certificate(authority.certificate_pem).not_valid_after_utc.timestamp()
+    assert verify_certificate(endless, authority.certificate_pem, at=end).name == "north"
+    with pytest.raises(AccessError, match="the authority's certificate expired"):
+        verify_certificate(endless, authority.certificate_pem, at=end + 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "ca", "path_length", "signs", "said"),
+    [
+        (ec.generate_private_key(ec.SECP256R1()), True, 0, True, None),
+        (ec.generate_private_key(ec.SECP256R1()), True, None, True, "does not allow"),
+        (ec.generate_private_key(ec.SECP256R1()), True, 1, True, "does not allow"),
+        (ec.generate_private_key(ec.SECP256R1()), True, 0, False, "does not allow"),
+        (ec.generate_private_key(ec.SECP256R1()), False, None, True, "does not allow"),
+        (ec.generate_private_key(ec.SECP384R1()), True, 0, True, "secp384r1"),
+    ],
+    ids=["good", "any-depth", "deeper", "signs-nothing", "no-ca", "p384"],
+)
+def test_an_authority_signs_sites_and_users_and_no_other_authority(
+    key: ec.EllipticCurvePrivateKey, ca: bool, path_length: int | None, signs: bool, said: str | None
+) -> None:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "root")])
+    begin = datetime.fromtimestamp(NOW, UTC)
+    pem = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(7)
+        .not_valid_before(begin)
+        .not_valid_after(begin + timedelta(hours=1))
+        .add_extension(x509.BasicConstraints(ca=ca, path_length=path_length), critical=True)
+        .add_extension(x509.KeyUsage(True, False, False, False, False, signs, False, False, False), critical=True)
+        .sign(key, hashes.SHA256())
+        .public_bytes(Encoding.PEM)
+    )
+    if said is None:
+        assert certificates.authority_name(certificates.load_authority(pem)) == "root"
+    else:
+        with pytest.raises(AccessError, match=said):
+            certificates.load_authority(pem)
+
+
 # ---- certificates
 
 
@@ -433,10 +486,11 @@ def test_the_subject_is_not_a_name(folder: Path) -> None:
         ({"uses": [ExtendedKeyUsageOID.SERVER_AUTH]}, "not for the use of a site"),
         ({"uses": [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]}, "not for the use of a site"),
         ({"ca": True}, "not for the use of a site"),
+        ({"signs_certificates": True}, "not for the use of a site"),
         ({"digital_signature": False}, "not for the use of a site"),
         ({"key": ec.generate_private_key(ec.SECP384R1())}, "secp384r1"),
     ],
-    ids=["no-use", "server", "both", "ca", "no-signature", "p384"],
+    ids=["no-use", "server", "both", "ca", "signs", "no-signature", "p384"],
 )
 def test_a_certificate_for_another_use_is_refused(folder: Path, how: dict[str, Any], said: str) -> None:
     with pytest.raises(AccessError, match=said):
@@ -585,7 +639,7 @@ def test_what_is_no_token_is_refused(text: str) -> None:
         {"name": None},
         {"role": "coordinator"},
         {"role": "root"},
-        {"secret": "short"},
+        {"secret": "not-so-short-a-secret"},
         {"secret": "!" * 43},
         {"secret": "A" * 43 + "\n"},
         {"address": "fed.example.org"},
@@ -602,7 +656,9 @@ def test_what_is_no_token_is_refused(text: str) -> None:
 def test_a_token_with_a_malformed_field_is_refused(token: Token, changes: dict[str, Any]) -> None:
     with pytest.raises(AccessError) as refused:
         Token.from_text(packed({**token.model_dump(), **changes}))
-    assert token.secret not in str(refused.value)
+    shown = "".join(traceback.format_exception(refused.value))
+    assert token.secret not in shown
+    assert "not-so-short-a-secret" not in shown
 
 
 def test_a_token_without_a_field_or_its_check_is_refused(token: Token) -> None:

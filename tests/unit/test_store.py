@@ -7,10 +7,10 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event
 from typing import Any, TypeVar
 
 import psycopg
@@ -19,6 +19,8 @@ import sqlalchemy as sa
 
 from commonweight.coordinator import tables
 from commonweight.coordinator.audit import GENESIS
+from commonweight.coordinator.database import Writing
+from commonweight.coordinator.leases import hold
 from commonweight.coordinator.store import (
     AuditEntry,
     Lease,
@@ -594,6 +596,32 @@ def test_a_leader_that_wakes_past_its_lease_changes_nothing(
         assert everything(store) == before, name
 
 
+def test_a_claim_waits_for_what_the_leader_is_in_the_middle_of(another: Callable[[], Store], clock: Clock) -> None:
+    """Else a leader that was checked and then stopped could write after another has taken over."""
+    store, other = another(), another()
+    add_run(store)
+    lease, checked, go_on = lead(store), Event(), Event()
+
+    def write(tx: Writing) -> None:
+        hold(tx, lease)
+        checked.set()
+        assert go_on.wait(timeout=60)
+        tx.execute(tables.results.insert(), {"run": "r1", "key": "k", "record": "{}"})
+
+    with ThreadPoolExecutor(2) as threads:
+        writing = threads.submit(store.database.write, write)
+        assert checked.wait(timeout=60)
+        clock.pass_(LEASE_S)
+        claiming = threads.submit(other.claim, "r1", "B", LEASE_S)
+        assert wait([claiming], timeout=0.3).not_done == {claiming}
+        go_on.set()
+        writing.result(timeout=60)
+        heir = claiming.result(timeout=60)
+    assert heir is not None
+    assert heir.epoch == lease.epoch + 1
+    assert other.result("r1", "k") == {}
+
+
 @pytest.mark.parametrize("name", LEASED)
 def test_a_leader_within_its_lease_changes_something(store: Store, clock: Clock, led: Lease, name: str) -> None:
     clock.pass_(LEASE_S - 0.01)
@@ -639,6 +667,21 @@ def test_only_a_closed_round_is_committed(store: Store) -> None:
     with pytest.raises(StateError, match="a round that is abandoned cannot be committed"):
         commit(store, lease, 1)
     assert store.commits("r1") == {}
+
+
+def test_rounds_are_committed_in_their_order(store: Store) -> None:
+    add_run(store)
+    lease = lead(store)
+    for number in (1, 2):
+        open_round(store, lease, number)
+        close_round(store, number)
+    before = everything(store)
+    with pytest.raises(StateError, match="round 2 of run 'r1' cannot be committed: 1 is the next"):
+        commit(store, lease, 2)
+    assert everything(store) == before
+    commit(store, lease, 1)
+    commit(store, lease, 2)
+    assert list(store.commits("r1")) == [1, 2]
 
 
 def test_a_commit_spends_the_rounds_updates_and_ends_its_work(store: Store) -> None:
@@ -972,6 +1015,26 @@ def test_updates_that_arrive_together_are_counted_once_each_and_never_more_than_
     assert found is not None
     assert len(accepted) == 4
     assert {u.site for u in accepted} == set(found[0].answered)
+    assert found[0].phase is Phase.CLOSED
+
+
+def test_nothing_that_a_round_hears_at_one_instant_is_lost(another: Callable[[], Store]) -> None:
+    stores = [another(), another()]
+    add_run(stores[0])
+    sites = "abcdefgh"
+    open_round(stores[0], lead(stores[0]), cohort=tuple(sites), needed=4)
+    opened = {site: stores[0].open_upload(upload(site)).id for site in sites[::2]}
+
+    def hear(k: int) -> bool:
+        store, site = stores[k // 2 % 2], sites[k]
+        if site in opened:
+            return store.accept_upload(opened[site]).accepted
+        return store.apply("r1", 1, Failed(site, 1, "broken")).accepted
+
+    assert at_once(len(sites), hear) == [True] * len(sites)
+    found = stores[0].round_state("r1", 1)
+    assert found is not None
+    assert (set(found[0].answered), set(found[0].failed)) == (set(sites[::2]), set(sites[1::2]))
     assert found[0].phase is Phase.CLOSED
 
 

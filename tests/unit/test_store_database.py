@@ -574,6 +574,8 @@ def test_what_has_happened_is_told_and_what_has_not_is_not(sqlite_url: str, open
         store.add_token("t1", "north", "site", 4e9, "ada")
         store.redeem_token("t1", b"k" * 32)
         assert told.take() == {"access"}
+        store.set_run_state("r1", "finished")
+        assert told.take() == {"run/r1", "ended/r1", "tasks/c"}
 
 
 def test_replicas_hear_each_other(postgres_url: str, opened: Callable[..., Store]) -> None:

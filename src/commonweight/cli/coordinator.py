@@ -53,10 +53,10 @@ def init(
     ] = "blobs",
     json: JsonOption = False,
 ) -> None:
-    """Make a coordinator: its keys, its certificate authority, its settings and its database."""
+    """Make a coordinator: its keys, its authority, its settings and its database."""
     begin(json)
     from ..coordinator import folder
-    from ..coordinator.settings import checked_settings, port_of
+    from ..coordinator.settings import checked_settings
 
     names = host or ["127.0.0.1"]
     settings = checked_settings(
@@ -64,8 +64,8 @@ def init(
             "listen": listen,
             "listen_enrolment": enrolment,
             "listen_http": http,
-            "address": _address(names[0], port_of(listen, "--listen")),
-            "address_enrolment": _address(names[0], port_of(enrolment, "--enrolment")),
+            "address": _address(names[0], "--listen", listen),
+            "address_enrolment": _address(names[0], "--enrolment", enrolment),
             "database": database,
             "blobs": blobs,
         },
@@ -86,7 +86,14 @@ def init(
     say(f"  commonweight coordinator enroll NAME -d {directory}     a one-time token for a site, or --role lead")
 
 
-def _address(host: str, port: int) -> str:
+def _address(host: str, option: str, listen: str) -> str:
+    """Where others reach what listens on that port."""
+    from ..coordinator.settings import port_of
+
+    try:
+        port = port_of(listen, option)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -103,7 +110,10 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve a coordinator until SIGTERM or Ctrl-C. Logs are JSON lines on standard error."""
+    """Serve a coordinator until SIGTERM or Ctrl-C.
+
+    Logs are JSON lines on standard error.
+    """
     import json
     import os
 
@@ -114,7 +124,7 @@ def serve(
         if ready_file is not None:
             write_json(ready_file, {"pid": os.getpid(), **ports})
         say(
-            f"coordinator {settings.name} is ready: services on port {ports['services']}, enrolment on "
+            f"{settings.name} is ready: services on port {ports['services']}, enrolment on "
             f"{ports['enrolment']}, http on {ports['http']}"
         )
 
@@ -148,13 +158,14 @@ def enroll(
     ] = False,
     hours: Annotated[
         float | None,
-        typer.Option(
-            "--hours", help="The token's life.", metavar="H", show_default="token_hours of coordinator.yaml"
-        ),
+        typer.Option("--hours", help="The token's life.", metavar="H", show_default="token_hours of coordinator.yaml"),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Make a one-time token that lets a site or a user join. It alone goes to standard output."""
+    """Make a one-time token that lets a site or a user join.
+
+    The token alone goes to standard output.
+    """
     begin(json)
     from ..coordinator.folder import enroll as enroll_in
     from ..identity.roles import COORDINATOR, ROLES
@@ -162,7 +173,12 @@ def enroll(
     roles = [r for r in ROLES if r != COORDINATOR]
     if role not in roles:
         raise RecipeError(f"--role {role} is no role that can join", hint=f"the roles are: {', '.join(roles)}")
+    with _store(directory) as (store, _):
+        known = store.principal(name)
     token = enroll_in(directory, name, role, replace=replace, hours=hours, by=who())
+    if known is not None and not replace:
+        note(f"{name} has joined before, as {known.role}: this token works with the same keys and role only, for an")
+        note("expired certificate; if the keys are lost, or were revoked, make one by --replace")
     if json:
         facts = {"name": name, "role": role, "expires_at": token.expires_at, "address": token.address}
         print_json({"token": token.to_text(), **facts})
@@ -179,7 +195,10 @@ def revoke(
     directory: FolderOption = Path(),
     json: JsonOption = False,
 ) -> None:
-    """Shut a site or a user out: its certificates no longer count, and open connections end."""
+    """Shut a site or a user out: their certificates no longer count.
+
+    Connections that are open end too.
+    """
     begin(json)
     with _store(directory) as (store, settings):
         known = store.principal(name)
@@ -215,7 +234,9 @@ def audit(
         str | None,
         typer.Option("--head", help="Also check it against a head that a site kept.", metavar="SEQUENCE:HASH"),
     ] = None,
-    last: Annotated[int, typer.Option("--last", help="Show so many of the latest entries; 0: all.", min=0, metavar="N")] = 50,
+    last: Annotated[
+        int, typer.Option("--last", help="Show so many of the latest entries; 0: all.", min=0, metavar="N")
+    ] = 50,
     json: JsonOption = False,
 ) -> None:
     """Show the audit log: who did what, in entries chained by their hashes."""

@@ -15,7 +15,9 @@ import typer
 
 from .. import __version__
 from ..errors import CommonweightError, RecipeError, StorageError
+from . import coordinator, jobs, site
 from .inspect import methods, report, runs
+from .sandbox import sandbox
 from .start import demo, init, run, validate
 from .terminal import Interrupted, end, fail, hush_libraries, options
 from .use import chat, evaluate, export
@@ -25,16 +27,21 @@ P = ParamSpec("P")
 #: wherever this version of typer keeps it
 _UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])
 
+_STYLE: dict[str, Any] = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 100},
+}
+
 app = typer.Typer(
     name="commonweight",
     help="Fine-tune one language model across many owners' data without the data leaving its owner.\n\n"
-    "Begin with `commonweight demo`, then `commonweight init` for data of your own.",
+    "Begin with `commonweight demo`, then `commonweight init` for data of your own, then `commonweight sandbox` for a "
+    "federation over the network.",
     epilog="Exit codes: 0 done, 2 recipe or option, 3 data, 4 model, 5 round, 6 run folder, 7 storage, "
     "8 identity or role, 9 unreachable, 10 a site's policy, 130 interrupted, 1 anything else.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    **_STYLE,
 )
 
 
@@ -53,8 +60,26 @@ def _guarded(command: Callable[P, None]) -> Callable[P, None]:
     return call
 
 
-for command in (demo, init, validate, run, report, runs, methods, evaluate, chat, export):
+def _group(name: str, help: str, commands: tuple[Callable[..., None], ...]) -> None:
+    """Commands behind a word of their own: `commonweight site run`."""
+    group = typer.Typer(name=name, help=help, **_STYLE)
+
+    @group.callback(invoke_without_command=True)
+    def _help(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            typer.echo(context.get_help())
+
+    for command in commands:
+        group.command()(_guarded(command))
+    app.add_typer(group)
+
+
+for command in (demo, init, validate, run, report, runs, methods, evaluate, chat, export, sandbox):
     app.command()(_guarded(command))
+_group("coordinator", "Run a federation's coordinator.", coordinator.COMMANDS)
+_group("site", "Take part in a federation as a site, with data that stay where they are.", site.COMMANDS)
+for name, job_command in jobs.COMMANDS.items():
+    app.command(name)(_guarded(job_command))
 
 
 def _version(wanted: bool) -> None:

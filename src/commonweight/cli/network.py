@@ -16,6 +16,7 @@ import typer
 from ..errors import AccessError, CommonweightError, RecipeError, StateError, StorageError
 
 if TYPE_CHECKING:
+    from ..identity.folder import IdentityFolder
     from ..identity.tokens import Token
     from ..lead.client import Client
 
@@ -54,7 +55,9 @@ def read_token(text: str) -> str:
         found = text
     if not found.strip():
         where = {"-": "standard input"}.get(text, text or "TOKEN")
-        raise RecipeError(f"there is no token: {where} is empty", hint="an admin makes one: commonweight coordinator enroll")
+        raise RecipeError(
+            f"there is no token: {where} is empty", hint="an admin makes one: commonweight coordinator enroll"
+        )
     return found
 
 
@@ -63,7 +66,9 @@ def _file(path: Path) -> str:
         with path.open("rb") as file:
             return file.read(_MOST_TOKEN_BYTES).decode("ascii", "replace")
     except OSError as error:
-        raise StorageError(f"the token's file {path} cannot be read: {error.strerror}", hint="correct the path") from error
+        raise StorageError(
+            f"the token's file {path} cannot be read: {error.strerror}", hint="correct the path"
+        ) from error
 
 
 def check_joiner(token: Token, *, site: bool) -> None:
@@ -74,9 +79,34 @@ def check_joiner(token: Token, *, site: bool) -> None:
     """
     if (token.role == "site") != site:
         command = "site join TOKEN DIR" if token.role == "site" else "join TOKEN"
+        raise AccessError(f"this token lets {token.name} in as {token.role}", hint=f"use it by: commonweight {command}")
+
+
+def enrol_into(text: str, name: str, folder: Path) -> IdentityFolder:
+    """Enrol by a token; one who has enrolled before does so anew, with the same keys.
+
+    Raises:
+        AccessError: the folder is somebody else's, or as `enrol`. What was there before stays.
+    """
+    from ..identity.enrol import enrol
+    from ..identity.folder import IdentityFolder
+
+    certificate, before = folder / "tls.pem", folder / "tls.pem.before"
+    if not certificate.exists():
+        return enrol(text, folder)
+    holder = IdentityFolder.open(folder).holder
+    if holder.name != name:
         raise AccessError(
-            f"this token lets {token.name} in as {token.role}", hint=f"use it by: commonweight {command}"
+            f"{folder} is the identity of {holder.name}, and the token is for {name}", hint="choose another folder"
         )
+    certificate.replace(before)
+    try:
+        found = enrol(text, folder)
+    except BaseException:
+        before.replace(certificate)
+        raise
+    before.unlink()
+    return found
 
 
 @contextmanager
@@ -93,7 +123,7 @@ def connected(identity: Path) -> Iterator[Client]:
     if not folder.is_dir():
         raise AccessError(
             f"you have no identity in {folder}",
-            hint="join with a token from the federation's admin (commonweight join TOKEN), or name its folder by --identity",
+            hint="join with an admin's token (commonweight join TOKEN), or name its folder by --identity",
         )
     with Client(folder) as client:
         yield client
@@ -126,7 +156,7 @@ def span(seconds: float) -> str:
 
 
 def since_when(text: str, *, now: Callable[[], float] = time.time) -> float:
-    """A moment in seconds since the epoch, from a date, a time, or how long ago: `2026-03-01`, `2026-03-01T12:00`, `36h`.
+    """Seconds since the epoch, from a date, `2026-03-01`, a time, `2026-03-01T12:00`, or how long ago, `36h`.
 
     Raises:
         RecipeError: it is none of these.
@@ -138,7 +168,8 @@ def since_when(text: str, *, now: Callable[[], float] = time.time) -> float:
         found = datetime.fromisoformat(text)
     except ValueError:
         raise RecipeError(
-            f"--since {text} is no time", hint="a date, 2026-03-01, a time, 2026-03-01T12:30, or how long ago: 90m, 36h, 7d"
+            f"--since {text} is no time",
+            hint="a date, 2026-03-01, a time, 2026-03-01T12:30, or how long ago: 90m, 36h, 7d",
         ) from None
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
@@ -178,13 +209,22 @@ def one_of(which: str, known: Mapping[str, str], *, what: str) -> str:
     if len(found) == 1:
         return found[0]
     listed = ", ".join(f"{short(id)} ({name})" for id, name in list(known.items())[-5:]) or "none"
-    raise StateError(f"{'several runs begin' if found else 'no run is called, or begins,'} {which!r}", hint=f"{what}: {listed}")
+    raise StateError(
+        f"{'several runs begin' if found else 'no run is called, or begins,'} {which!r}", hint=f"{what}: {listed}"
+    )
 
 
 def audit_line(entry: Mapping[str, Any]) -> tuple[str, ...]:
     """An entry of the coordinator's audit log as a table's row."""
     details = ", ".join(f"{key} {_brief(value)}" for key, value in entry["details"].items() if value not in ("", None))
-    return str(entry["sequence"]), moment(entry["t"]), entry["actor"], entry["action"], _brief(entry["subject"]), details
+    return (
+        str(entry["sequence"]),
+        moment(entry["t"]),
+        entry["actor"],
+        entry["action"],
+        _brief(entry["subject"]),
+        details,
+    )
 
 
 def _brief(value: Any) -> str:

@@ -57,6 +57,11 @@ class Progress:
         if self.live is not None:
             self._draw(force=bool(line))
 
+    def note(self, line: str) -> None:
+        """A line that stays on the screen."""
+        if not self.quiet:
+            self._print(line)
+
     def _print(self, line: str) -> None:
         if self.live is not None:
             self.live.console.print(line, highlight=False, markup=False, emoji=False)
@@ -130,6 +135,38 @@ class Progress:
         grid = Table.grid(padding=(0, 1))
         grid.add_row(ProgressBar(total=total, completed=done, width=30), text)
         return grid
+
+
+class NetworkProgress(Progress):
+    """The same for a run over a network, where sites come, go and refuse."""
+
+    def _update(self, event: str, fields: Mapping[str, Any]) -> str | None:
+        match event:
+            case "run_started":
+                self.state["phase"] = "waiting for sites"
+            case "site_joined":
+                return f"site {fields['site']} has joined"
+            case "site_refused":
+                return f"site {fields['site']} does not take part: {fields['reason']}"
+            case "loaded":
+                return None
+            case "engine_started":
+                self.state |= {"rounds": fields["rounds"], "phase": "base model"}
+                return f"{fields['workers']} sites take part, {fields['trainable']:,} trainable parameters"
+            case "site_away":
+                return f"round {fields['round']}: site {fields['site']} is away"
+            case "site_back":
+                return f"round {fields['round']}: site {fields['site']} is back"
+            case "task_repeated":
+                return f"round {fields['round']}: site {fields['site']} tries again: {fields['reason']}"
+            case "round_repeated":
+                return f"round {fields['round']} is tried again"
+            case "evaluation_missing":
+                what = f"not evaluated at {', '.join(fields['sites'])}" if fields["sites"] else "no sample answer"
+                return f"{what}: {fields['reason']}"
+            case "run_interrupted":
+                return f"interrupted: {fields['reason']}"
+        return super()._update(event, fields)
 
 
 def print_result(metrics: Mapping[str, Any], folder: Path) -> None:

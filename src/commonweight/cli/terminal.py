@@ -91,6 +91,11 @@ def fail(error: CommonweightError) -> NoReturn:
     raise SystemExit(error.exit_code)
 
 
+def note(text: str) -> None:
+    """Tell a person something beside the result: on standard error."""
+    _complain(text)
+
+
 def _complain(text: str) -> None:
     """Print to standard error, wrapped on a terminal; not a command to copy, which is indented further."""
     text = text.translate(_CONTROLS)

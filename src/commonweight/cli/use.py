@@ -127,7 +127,7 @@ def export(
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Write a run's adapter, or with --merge the whole model, for other programs to open."""
+    """Write a run's adapter, or with --merge the whole model, for other programs."""
     begin(json)
     from ..evaluate.text import size
     from ..result import export_result

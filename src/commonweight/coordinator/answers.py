@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import CommonweightError, SiteError
 from ..evaluate.metrics import Scores
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, Task
+from ..wire.messages import parse_json
+from ..wire.refusals import Refused
 
 _MAX_STEPS = 10**9
 _MAX_ROWS = 10**6
+_MAX_GROUP = 64
 _MAX_TEXT = 20_000
+#: a row's summed loss, its tokens, a count of rows: nothing real comes near, and sums of them stay finite and exact
+_MOST = 10**12
+#: how a site's rows came to be examples, for the report (data/partition_report.py)
+_COUNTS = (
+    "rows",
+    "skipped",
+    "withheld",
+    "unused",
+    "truncated",
+    "dropped",
+    "train_examples",
+    "train_tokens",
+    "train_label_tokens",
+    "heldout_examples",
+    "heldout_tokens",
+    "heldout_label_tokens",
+)
 
 
-def checked_facts(facts: Any) -> dict[str, Any]:
-    """What a site says of itself when it joins: `steps` a round, and the group of each held-out row as a code.
+def checked_facts(raw: bytes | None) -> dict[str, Any]:
+    """What a site says of itself when it joins, as JSON. What is kept of it:
+
+    `steps` a round; `groups`: the group of each held-out row, as a code; `data`: counts of rows, examples and tokens.
 
     Raises:
         SiteError: it is not that.
     """
-    if not isinstance(facts, dict):
-        raise SiteError("its facts are no object")
+    facts = _parsed(raw)
     steps, groups = facts.get("steps"), facts.get("groups")
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= _MAX_STEPS:
         raise SiteError(f"it says that it takes {str(steps)[:40]} steps a round")
-    if not isinstance(groups, list) or len(groups) > _MAX_ROWS or not all(isinstance(g, str) for g in groups):
+    if not isinstance(groups, list) or len(groups) > _MAX_ROWS or not all(map(_is_code, groups)):
         raise SiteError("its held-out groups are no list of codes")
-    return facts
+    return {"steps": steps, "groups": groups, "data": {key: facts[key] for key in _COUNTS if _is_count(facts.get(key))}}
 
 
 def checked_result(task: Task, raw: bytes | None) -> dict[str, Any]:
@@ -38,17 +57,12 @@ def checked_result(task: Task, raw: bytes | None) -> dict[str, Any]:
     Raises:
         SiteError: it does not answer the task.
     """
-    try:
-        result = json.loads(raw or b"{}")
-    except ValueError as error:
-        raise SiteError("its answer is no JSON") from error
-    if not isinstance(result, dict):
-        raise SiteError("its answer is no object")
+    result = _parsed(raw)
     match task:
         case EvaluateTask(sites=sites):
             return {site: _scores(result.get(site)) for site in sites}
         case SampleTask(prompts=prompts):
-            return {"answers": _answers(result.get("answers"), len(prompts))}
+            return {"answers": _answers(result.get("answers"), [site for site, _ in prompts])}
         case ChainTask():
             return _chain(task, result)
     return result
@@ -58,21 +72,25 @@ def _scores(value: Any) -> dict[str, Any]:
     try:
         if not isinstance(value, dict):
             raise SiteError("it gives no scores")
-        return Scores.from_json(value).to_json()
+        scores = Scores.from_json(value)
+        if not 1 <= len(scores) <= _MAX_ROWS or max(abs(scores.nll).max(), scores.tokens.max()) > _MOST:
+            raise SiteError("it scored no row, or its figures are beyond any model's")
+        return scores.to_json()
     except SiteError:
         raise
     except (CommonweightError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise SiteError(f"its scores cannot be used: {error}") from error
+        raise SiteError(f"its scores cannot be used: {str(error)[:500]}") from error
 
 
-def _answers(value: Any, count: int) -> list[dict[str, str]]:
-    keys = ("site", "prompt", "reference", "answer")
-    if not isinstance(value, list) or len(value) > count:
+def _answers(value: Any, sites: Sequence[str]) -> list[dict[str, str]]:
+    keys = ("prompt", "reference", "answer")
+    if not isinstance(value, list) or len(value) != len(sites):
         raise SiteError("its sample answers are no list of the right length")
     for answer in value:
         if not isinstance(answer, dict) or not all(isinstance(answer.get(key), str) for key in keys):
             raise SiteError("one of its sample answers is malformed")
-    return [{key: answer[key][:_MAX_TEXT] for key in keys} for answer in value]
+    texts = [{key: answer[key][:_MAX_TEXT] for key in keys} for answer in value]
+    return [{"site": site, **text} for site, text in zip(sites, texts, strict=True)]
 
 
 def _chain(task: ChainTask, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,21 +98,41 @@ def _chain(task: ChainTask, result: Mapping[str, Any]) -> dict[str, Any]:
     final, best, rounds, seconds = (result.get(key) for key in ("final", "best", "rounds", "seconds"))
     if not isinstance(final, dict) or not isinstance(best, dict) or not isinstance(rounds, list):
         raise SiteError("its local model's figures are incomplete")
+    known = {0, *(number for number, _, _ in task.rounds)}
     points = []
-    for point in rounds:
-        losses = point.get("losses") if isinstance(point, dict) else None
-        if not isinstance(losses, dict) or not _is_number(losses.get(site)) or not _is_number(point.get("round")):
+    for point in rounds[: len(known)]:
+        number, losses = (point.get("round"), point.get("losses")) if isinstance(point, dict) else (None, None)
+        if not isinstance(losses, dict) or not _is_number(losses.get(site)) or not _is_one_of(number, known):
             raise SiteError("its local model's curve is malformed")
-        points.append({"round": int(point["round"]), "losses": {site: float(losses[site])}})
-    if not _is_number(best.get("round")) or not _is_number(best.get("loss")) or not _is_number(seconds):
+        points.append({"round": number, "losses": {site: float(losses[site])}})
+    if not _is_one_of(best.get("round"), known) or not _is_number(best.get("loss")) or not _is_number(seconds):
         raise SiteError("its local model's figures are malformed")
     return {
         "rounds": points,
         "final": {site: _scores(final.get(site))},
-        "best": {"round": int(best["round"]), "loss": float(best["loss"]), "scores": _scores(best.get("scores"))},
+        "best": {"round": best["round"], "loss": float(best["loss"]), "scores": _scores(best.get("scores"))},
         "seconds": float(seconds),  # type: ignore[arg-type]  # checked to be a number
     }
 
 
+def _parsed(raw: bytes | None) -> dict[str, Any]:
+    try:
+        return parse_json(raw or b"{}")
+    except Refused as refused:
+        raise SiteError(f"its answer cannot be used: {refused.message}") from refused
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST
+
+
+def _is_one_of(value: Any, known: set[int]) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value in known
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _MAX_GROUP

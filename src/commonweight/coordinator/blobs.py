@@ -149,6 +149,16 @@ class Blobs:
         with self._explained(key):
             self._store.delete([key])
 
+    def take_back(self, key: str, path: Path) -> bool:
+        """Delete a blob; where the store is a folder on the file system of `path`, its file is moved there instead, and
+        True is returned. No blob is no error."""
+        _check_key(key)
+        with self._explained(key):
+            if isinstance(self._store, _Folder) and self._store.move_out(key, path):
+                return True
+            self._store.delete([key])
+        return False
+
     def delete_prefix(self, prefix: str) -> int:
         """Delete all blobs below a prefix, and their copies here; how many there were."""
         keys = self.keys(_prefix(prefix))
@@ -319,6 +329,14 @@ class _Folder:
             folders[:] = [name for name in folders if not name.startswith(".")]
             found += [(Path(folder) / name).relative_to(self.root).as_posix() for name in names]
         return found
+
+    def move_out(self, key: str, path: Path) -> bool:
+        """Move a blob's file to `path`; False if it is not there, or `path` is on another file system."""
+        with suppress(OSError):
+            (self.root / key).rename(path)
+            self.delete([key])  # the folders that it has left empty
+            return True
+        return False
 
     def delete(self, keys: list[str]) -> None:
         parents = set()

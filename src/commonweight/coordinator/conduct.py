@@ -1,4 +1,4 @@
-"""One run from its first invitation to its report, on the replica that leads it; another may take it up at any point."""
+"""One run from its first invitation to its report, on the replica that leads it; another may take it up at any time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 from .. import __version__
-from ..errors import CommonweightError, QuorumError
+from ..errors import CommonweightError, QuorumError, StorageError, UnreachableError
 from ..evaluate.report import write_report
 from ..federation.controls import run_controls
 from ..federation.evaluation import Evaluation
@@ -66,8 +66,7 @@ class NetworkShelf:
 
     def forget_updates(self) -> None:
         for upload in self.here.store.spent_uploads(self.run_id):
-            self.here.blobs.delete(upload.blob)
-            self.here.store.forget_upload(upload.id)
+            self.here.discard(upload)
 
 
 class StoreEvents:
@@ -127,7 +126,7 @@ class Conductor:
         except Cancelled:
             self.store.set_run_state(self.run_id, "cancelled", lease=lease)
         except CommonweightError as error:
-            if error.retry and not isinstance(error, QuorumError):
+            if error.retry and isinstance(error, StorageError | UnreachableError):
                 raise  # the database or the blob store is away: the run is claimed again later
             self.store.set_run_state(self.run_id, "failed", error=error.message, hint=error.hint, lease=lease)
         self._tidy()
@@ -135,9 +134,9 @@ class Conductor:
     def _tidy(self) -> None:
         """Nothing individual outlives its run."""
         for upload in self.store.spent_uploads(self.run_id):
-            self.here.blobs.delete(upload.blob)
-            self.store.forget_upload(upload.id)
+            self.here.discard(upload)
         self.here.receiver.forget_run(self.run_id)
+        self.here.spares.forget(self.run_id)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _conduct(self) -> None:
@@ -236,7 +235,7 @@ class Conductor:
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
                 "seconds": phase_seconds(self.folder / "events.jsonl"),
                 "version": __version__,
-                "sites": {site: facts[site].get("data", {}) for site in sites.names},
+                "sites": {site: facts[site]["data"] for site in sites.names},
                 "partition": {},
                 "engine": "network",
                 "model": {

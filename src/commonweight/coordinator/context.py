@@ -20,15 +20,17 @@ from ..identity.keys import AUDIT, SigningKey
 from ..wire.protocol_pb2 import AuditHead
 from ..wire.refusals import Refusal, Refused
 from .blobs import Blobs
+from .denials import Denials
 from .frame_files import FrameFiles
 from .hub import Hub
 from .lanes import Lanes
 from .metrics import Metrics
 from .plans import Plans, RunPlan
 from .presence import Presence
-from .receive import Receiver
+from .receive import SPARE, Receiver
 from .settings import CoordinatorSettings
-from .store import Store
+from .spares import Spares
+from .store import Store, Upload
 from .vault import Vault
 
 R = TypeVar("R")
@@ -54,9 +56,13 @@ class Context:
         self.authority = Authority.load(folder / "authority")
         self.signing_key = SigningKey.load(folder / "server" / "signing.key")
         self.plans = Plans(self.store)
+        self.spares = Spares(self.scratch / "spares" / self.replica)
         self.metrics = Metrics()
+        self.denials = Denials(self.store)
         limit = settings.max_upload_mb << 20
-        self.receiver = Receiver(self.store, self.blobs, self.vault, self.plans, self.scratch, max_bytes=limit)
+        self.receiver = Receiver(
+            self.store, self.blobs, self.vault, self.plans, self.scratch, self.spares, max_bytes=limit
+        )
         self.presence = Presence(self.store, self.replica, fresh_s=3 * settings.heartbeat_s + 2)
         self._store_pool = ThreadPoolExecutor(_STORE_THREADS, thread_name_prefix="store")
         self._crunch_pool = ThreadPoolExecutor(os.cpu_count() or 2, thread_name_prefix="crunch")
@@ -77,8 +83,17 @@ class Context:
         """The frames of one run."""
         with self._lock:
             if run not in self._files:
-                self._files[run] = FrameFiles(self.blobs, self.scratch, run)
+                self._files[run] = FrameFiles(self.blobs, self.scratch, run, self.spares)
             return self._files[run]
+
+    def discard(self, upload: Upload) -> None:
+        """Delete the data of an upload that is over: its key, and with it whatever can be read of its file."""
+        self.receiver.forget(upload.id)  # if it is still under way here, it came too late
+        place = self.spares.place(upload.run, SPARE)
+        spare = self.blobs.take_back(upload.blob, place)
+        self.store.forget_upload(upload.id)
+        if spare:
+            self.spares.give(upload.run, SPARE, place)
 
     def plan_for(self, run: str, holder: Holder) -> RunPlan:
         """A run's plan, if it is any business of the caller's.

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import AccessError, StateError
 from ..identity.certificates import Holder, verify_certificate
 from ..identity.keys import JOB, verify
-from ..wire.frames import parse_header
+from ..wire.messages import parse_job
 from ..wire.protocol_pb2 import (
     AuditRequest,
     EventLine,
@@ -27,6 +27,7 @@ from ..wire.protocol_pb2 import (
     RunRequest,
     SignedJob,
     SubmitReply,
+    UploadStatus,
     WatchRequest,
 )
 from ..wire.refusals import Refusal, Refused
@@ -52,9 +53,10 @@ class ControlService:
 
     def _submit(self, signed: SignedJob, holder: Holder) -> SubmitReply:
         job = self._checked(signed, holder)
-        frame = parse_header(job.initial)
         plan = RunPlan.of(job)
         plan.check_initial()
+        frame = plan.initial
+        self.here.receiver.check_size("the initial tensors", frame)
         store = self.here.store
         run = store.add_run(
             job.id,
@@ -66,6 +68,8 @@ class ControlService:
             holder.name,
             {"initial": frame.digest},
         )
+        if run.state != "receiving":  # submitted before, and arrived
+            return SubmitReply(run=run.id, upload=UploadStatus(state=UploadStatus.ACCEPTED))
         upload = self.here.receiver.open_initial(run.id, frame, holder.name, self.here.files(run.id))
         return SubmitReply(run=run.id, upload=upload)
 
@@ -76,10 +80,7 @@ class ControlService:
             raise AccessError(f"the job is signed by {signer.name!r}, but {holder.name!r} submits it")
         if not verify(signer.signing_key, JOB, signed.job, signed.signature):
             raise Refused(Refusal.BAD_SIGNATURE, "the job's signature does not fit")
-        try:
-            job = Job.FromString(signed.job)
-        except Exception as error:
-            raise Refused(Refusal.MALFORMED, "the job cannot be read") from error
+        job = parse_job(signed)
         if not _RUN_ID.fullmatch(job.id):
             raise Refused(Refusal.MALFORMED, "a job's id is 32 hex digits")
         if job.kind != "train":
@@ -109,6 +110,7 @@ class ControlService:
         commits = store.commits(run.id)
         last = max(commits, default=0)
         files = self.here.blobs.keys(f"runs/{run.id}/result") if run.has_ended else []
+        attending, streams = self.here.presence.attending(), self.here.hub.streams
         return {
             **_summary(run),
             "recipe": run.recipe,
@@ -121,7 +123,8 @@ class ControlService:
                     "site": m.site,
                     "state": m.state,
                     "reason": m.reason,
-                    "attending": m.site in self.here.presence.attending(),
+                    "attending": m.site in attending,
+                    "doing": streams[m.site].doing if m.site in streams else "",
                 }
                 for m in store.members(run.id)
             ],
@@ -134,8 +137,11 @@ class ControlService:
 
     def _find(self, which: str) -> Run:
         """A run by its id, the beginning of it, or its name (the latest of that name)."""
+        known = self.here.store.find_run(which)
+        if known is not None:
+            return known
         runs = self.here.store.runs()
-        found = [run for run in runs if run.id == which] or [run for run in runs if run.name == which][:1]
+        found = [run for run in runs if run.name == which][:1]
         if not found and len(which) >= 4:
             found = [run for run in runs if run.id.startswith(which)]
         if len(found) != 1:
@@ -204,7 +210,10 @@ class ControlService:
         if holder.role == "lead" and run.signer != holder.name:
             raise AccessError(f"run {run.name!r} is {run.signer}'s; a lead may cancel only runs of their own")
         await self.here.away(self.here.store.request_cancel, run.id, holder.name)
-        return _json(_summary(await self.here.away(self.here.store.run_row, run.id)))
+        run = await self.here.away(self.here.store.run_row, run.id)
+        if run.has_ended:
+            await self.here.away(self.here.receiver.forget_run, run.id)
+        return _json(_summary(run))
 
     async def Renew(self, request: RenewRequest, holder: Holder, context: Any) -> RenewReply:
         return RenewReply(certificate=await self.here.away(self.here.renew, holder, request.csr))

@@ -30,6 +30,7 @@ from ..federation.round import DeadlinePassed, Failed, Phase, Round
 from ..model.tensors import NamedTensors
 from ..wire.manifest import parse_manifest
 from ..wire.protocol_pb2 import SignedManifest
+from .access import ACTIVE
 from .answers import checked_result
 from .blobs import Blobs
 from .plans import RunPlan
@@ -303,10 +304,15 @@ class Errand:
         for site in [site for site in self.waits if site not in gone and site in round.waiting]:
             self.waits.discard(site)
             self.engine.events.emit("site_back", round=self.round, site=site)
+        revoked = {p.name for p in self.store.principals("site") if p.state != ACTIVE} if gone else set()
+        for site in revoked.intersection(gone):
+            reason = "its enrolment was revoked"
+            self.store.apply(self.engine.run_id, self.round, Failed(site, self.round, reason))
+            del gone[site]
         lost = {site: seconds for site, seconds in gone.items() if seconds > self.spec.patience_s}
         present = len(round.waiting) - len(lost)
         if not lost or len(round.answered) + present < round.needed:
-            return round
+            return (self._round_now() or round) if revoked else round
         for site, seconds in lost.items():
             reason = f"away for {seconds:.0f} s"
             self.store.apply(self.engine.run_id, self.round, Failed(site, self.round, reason))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from typing import Any
 
 from ..errors import AccessError
-from ..identity.certificates import holder_of
+from ..identity.certificates import holder_of, requested_key
 from ..identity.keys import ENROL, verify
 from ..wire.protocol_pb2 import EnrolReply, EnrolRequest
 from ..wire.service import PROTOCOL_MAX, PROTOCOL_MIN
 from .context import Context
-from .guard import fail
+from .guard import NOBODY, fail
+
+#: what a caller without an identity may send at once
+MAX_REQUEST_BYTES = 64 << 10
+#: strangers that are heard at once; the others wait, so that they keep nobody else waiting
+_AT_ONCE = 4
 
 
 class EnrolmentService:
@@ -19,28 +25,21 @@ class EnrolmentService:
 
     def __init__(self, context: Context) -> None:
         self.here = context
+        self._turns = asyncio.Semaphore(_AT_ONCE)
 
     async def Enrol(self, request: EnrolRequest, context: Any) -> EnrolReply:
         try:
-            return await self.here.away(self._enrol, request)
+            async with self._turns:
+                return await self.here.away(self._enrol, request)
         except Exception as error:
-            self.here.metrics.denied.labels("Enrol").inc()
-            await fail(context, "Enrol", error)
+            self.here.metrics.denied.labels("Enrolment/Enrol").inc()
+            await fail(context, "Enrolment/Enrol", error)
 
     def _enrol(self, request: EnrolRequest) -> EnrolReply:
-        if not PROTOCOL_MIN <= request.protocol <= PROTOCOL_MAX:
-            raise AccessError(
-                f"this coordinator speaks versions {PROTOCOL_MIN} to {PROTOCOL_MAX} of the protocol, "
-                f"not {request.protocol}",
-                hint="bring both sides to the same version of commonweight",
-            )
         try:
-            if not verify(request.signing_key, ENROL, request.csr, request.possession):
-                raise AccessError("the request is not signed by the signing key that it brings")
-            secret_hash = hashlib.sha256(request.secret.encode()).hexdigest()
-            name, role = self.here.store.redeem_token(secret_hash, request.signing_key)
+            name, role = self._redeemed(request)
         except AccessError as error:
-            self.here.store.audit("enrolment refused", actor="?", reason=error.message)
+            self.here.denials.note("enrolment refused", actor=NOBODY, reason=error.message)
             raise
         certificate = self.here.authority.issue(
             request.csr,
@@ -58,3 +57,17 @@ class EnrolmentService:
             authority=self.here.authority.certificate_pem,
             address=self.here.settings.address,
         )
+
+    def _redeemed(self, request: EnrolRequest) -> tuple[str, str]:
+        """Name and role that the token is for. All else is looked at before: a slip must not use the token up."""
+        if not PROTOCOL_MIN <= request.protocol <= PROTOCOL_MAX:
+            raise AccessError(
+                f"this coordinator speaks versions {PROTOCOL_MIN} to {PROTOCOL_MAX} of the protocol, "
+                f"not {request.protocol}",
+                hint="bring both sides to the same version of commonweight",
+            )
+        if not verify(request.signing_key, ENROL, request.csr, request.possession):
+            raise AccessError("the request is not signed by the signing key that it brings")
+        requested_key(request.csr)
+        secret_hash = hashlib.sha256(request.secret.encode()).hexdigest()
+        return self.here.store.redeem_token(secret_hash, request.signing_key)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import StateError
+from cryptography.hazmat.primitives import hashes
+
+from ..errors import RecipeError, StateError
 from ..federation.folder import storage_errors, write_text
 from ..identity.authority import Authority
-from ..identity.certificates import holder_of, new_request, new_tls_key, save_tls_key
-from ..identity.keys import SigningKey
+from ..identity.certificates import holder_of, load_certificate, load_tls_key, new_request, new_tls_key, save_tls_key
+from ..identity.keys import SigningKey, present
 from ..identity.tokens import Token
-from .settings import FILE, CoordinatorSettings, load_settings, settings_text
+from .settings import FILE, CoordinatorSettings, load_settings, port_of, settings_text
 from .store import Store
 from .vault import Vault
 
@@ -49,9 +50,11 @@ def init(folder: Path, settings: CoordinatorSettings, hosts: Sequence[str]) -> N
 
 
 def renew_server_certificate(folder: Path, settings: CoordinatorSettings, hosts: Sequence[str]) -> None:
-    """A new key and certificate for the coordinator's own end of TLS."""
+    """A new certificate for the coordinator's own end of TLS. The key stays, so that the two always fit together."""
     authority = Authority.load(folder / "authority")
-    key = new_tls_key()
+    if not present(folder / "server" / "tls.key"):
+        save_tls_key(new_tls_key(), folder / "server" / "tls.key")
+    key = load_tls_key(folder / "server" / "tls.key")
     certificate = authority.issue(
         new_request(key),
         name=settings.name,
@@ -60,7 +63,6 @@ def renew_server_certificate(folder: Path, settings: CoordinatorSettings, hosts:
         hours=_SERVER_HOURS,
         hosts=hosts,
     )
-    save_tls_key(key, folder / "server" / "tls.key")
     write_text(folder / "server" / "tls.pem", certificate.decode())
 
 
@@ -79,9 +81,17 @@ def enroll(
         hours: its life; by default the settings'.
 
     Raises:
-        StateError, RecipeError: as `load_settings`.
+        StateError: the folder is no coordinator's.
+        RecipeError: as `load_settings`; or the coordinator has no port yet at which it could be reached.
+        AccessError: the name or the role is none.
     """
     settings = load_settings(folder)
+    for address in (settings.address, settings.address_enrolment):
+        if port_of(address) == 0:
+            raise RecipeError(
+                f"address and address_enrolment in {folder / FILE} have no port yet: {address}",
+                hint="set them to the ports that `coordinator serve` has opened, so that tokens can name them",
+            )
     authority = Authority.load(folder / "authority")
     token = Token.make(
         name=name,
@@ -101,7 +111,8 @@ def enroll(
 
 def fingerprint(folder: Path) -> str:
     """SHA-256 of the authority's certificate: what two people read to each other on the telephone."""
-    return hashlib.sha256(Authority.load(folder / "authority").certificate_pem).hexdigest()
+    certificate = load_certificate(Authority.load(folder / "authority").certificate_pem)
+    return certificate.fingerprint(hashes.SHA256()).hex()
 
 
 def certificate_ends(folder: Path) -> float:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from uuid import uuid4
 
 import torch
 
@@ -19,9 +20,12 @@ from ..federation.folder import storage_errors
 from ..model.tensors import NamedTensors
 from ..wire.frames import Frame, Piece, Plan, chunk_digest, parse_header, piece_of
 from .blobs import Blobs
+from .spares import Spares
 
 #: open frames that are kept open; a coordinator reads the latest of each run
 _KEPT_OPEN = 32
+#: the kind of spare files that frames leave
+SPARE = "frames"
 
 
 def piece_offsets(plan: Plan) -> list[int]:
@@ -30,16 +34,20 @@ def piece_offsets(plan: Plan) -> list[int]:
 
 
 class StoredFrame:
-    """A frame whose body lies in a file of this machine. Chunks may be read by several threads at once."""
+    """A frame whose body lies in a file of this machine. Chunks may be read by several threads at once.
+
+    The file is closed when nobody holds the frame any more, and not before: another file that took over its descriptor
+    would be read in its stead.
+    """
 
     def __init__(self, frame: Frame, path: Path) -> None:
         self.frame, self.path = frame, path
         self._offsets = piece_offsets(frame.plan)
         with storage_errors(path):
             self._fd = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._fd)
             size = os.fstat(self._fd).st_size
         if size != self._offsets[-1]:
-            os.close(self._fd)
             raise StateError(
                 f"{path} is damaged: {size:,} bytes where its header says {self._offsets[-1]:,}",
                 hint="restore the blob store from a copy",
@@ -60,9 +68,6 @@ class StoredFrame:
         if os.preadv(self._fd, [out], self._offsets[piece.index]) != piece.num_bytes:
             raise StateError(f"{self.path} is damaged: it ends early", hint="restore the blob store from a copy")
 
-    def close(self) -> None:
-        os.close(self._fd)
-
 
 class FrameWriter:
     """A frame in the making: chunks come in any order, from any thread; `finish` names it."""
@@ -73,8 +78,11 @@ class FrameWriter:
         self._offsets = piece_offsets(plan)
         with storage_errors(files.scratch):
             files.scratch.mkdir(parents=True, exist_ok=True)
-            self._fd, path = tempfile.mkstemp(prefix="frame-", dir=files.scratch)
-        self.path = Path(path)
+            self.path = files.scratch / f"frame-{uuid4().hex}"
+            if files.spares is not None:
+                files.spares.take(files.run, SPARE, self.path)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            os.ftruncate(self._fd, self._offsets[-1])
 
     def write(self, index: int, data: memoryview) -> None:
         """One chunk's bytes, hashed as they are written."""
@@ -108,10 +116,11 @@ class FrameFiles:
 
     Args:
         scratch: a folder for frames in the making, best on the file system of the store.
+        spares: where deleted frames' files go, and new ones' come from.
     """
 
-    def __init__(self, blobs: Blobs, scratch: Path, run: str) -> None:
-        self.blobs, self.scratch, self.run = blobs, scratch, run
+    def __init__(self, blobs: Blobs, scratch: Path, run: str, spares: Spares | None = None) -> None:
+        self.blobs, self.scratch, self.run, self.spares = blobs, scratch, run, spares
         self._open: OrderedDict[str, StoredFrame] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -143,7 +152,7 @@ class FrameFiles:
                 frame = parse_header(self.blobs.get_bytes(self._key(digest) + ".header"))
                 found = self._open[digest] = StoredFrame(frame, self.blobs.open_local(self._key(digest)))
                 while len(self._open) > _KEPT_OPEN:
-                    self._open.popitem(last=False)[1].close()
+                    self._open.popitem(last=False)
             self._open.move_to_end(digest)
             return found
 
@@ -159,14 +168,15 @@ class FrameFiles:
         """Delete frames."""
         for digest in digests:
             with self._lock:
-                found = self._open.pop(digest, None)
-            if found is not None:
-                found.close()
+                self._open.pop(digest, None)
             self.blobs.delete(self._key(digest) + ".header")
-            self.blobs.delete(self._key(digest))
+            if self.spares is None:
+                self.blobs.delete(self._key(digest))
+                continue
+            place = self.spares.place(self.run, SPARE)
+            if self.blobs.take_back(self._key(digest), place):
+                self.spares.give(self.run, SPARE, place)
 
     def close(self) -> None:
         with self._lock:
-            for frame in self._open.values():
-                frame.close()
             self._open.clear()

@@ -7,42 +7,75 @@ site arrives; nothing about a task is remembered here but whether this stream wa
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
+from ..errors import CommonweightError
 from ..identity.certificates import Holder
 from ..wire.protocol_pb2 import Bye, CoordinatorMessage, RunEnded, Task, Withdraw
 from .bus import ALL
 from .store import Store, TaskRow
 
+_log = logging.getLogger(__name__)
+
 R = TypeVar("R")
 #: runs a blocking function of the store away from the event loop
 Away = Callable[..., Awaitable[Any]]
 
+#: messages that may wait for a site that does not read them; a task is one of them
+_MOST_WAITING = 4096
+#: a stream that was to end is cut when its last messages are not read for so long
+_LAST_WORDS_S = 2.0
+#: runs that ended lately; a site that was away is told of them when it comes
+_ENDED_RUNS = 50
+#: what could not be pushed for want of a database is pushed after this
+_AGAIN_S = 1.0
+
 
 class Stream:
-    """One site's held stream.
+    """One site's held stream. Make it in the call that serves it.
 
     Args:
         told: ids of the tasks that the site knows of: those in hand when it came, and those pushed since.
+
+    Attributes:
+        doing: what the site says that it is doing.
+        audit_sequence: of the latest head of the audit log that it was told.
+        heard_at: when it was last heard, by the event loop's clock.
+        ended_runs: those that it was told of.
     """
 
     def __init__(self, site: str, session: str, holder: Holder, told: set[str]) -> None:
         self.site, self.session, self.holder, self.told = site, session, holder, told
-        self.progress: dict[str, str] = {}
+        self.doing = ""
         self.audit_sequence = -1
-        self.heard_at = asyncio.get_running_loop().time()
+        self._loop = asyncio.get_running_loop()
+        self.heard_at = self._loop.time()
         self.ended_runs: set[str] = set()
+        self._call = asyncio.current_task()
+        self._ending = False
         self._out: asyncio.Queue[CoordinatorMessage | None] = asyncio.Queue()
 
     def send(self, **body: Any) -> None:
         """Queue a message: one keyword, the name of its body."""
+        if self._ending:
+            return
+        if self._out.qsize() >= _MOST_WAITING:
+            self.end("the site does not read what it is sent", come_back=True)
+            return
         self._out.put_nowait(CoordinatorMessage(**body))
 
     def end(self, reason: str, *, come_back: bool) -> None:
-        """Say good-bye, and end the stream after it."""
-        self.send(bye=Bye(reason=reason, come_back=come_back))
+        """Say good-bye, and end the stream after it, whether the site reads it or not."""
+        if self._ending:
+            return
+        self._ending = True
+        self._out.put_nowait(CoordinatorMessage(bye=Bye(reason=reason, come_back=come_back)))
         self._out.put_nowait(None)
+        if self._call is not None:
+            self._loop.call_later(_LAST_WORDS_S, self._call.cancel)
 
     async def messages(self) -> AsyncIterator[CoordinatorMessage]:
         while (message := await self._out.get()) is not None:
@@ -56,7 +89,7 @@ class Hub:
         self.store, self.away = store, away
         self.streams: dict[str, Stream] = {}
         self._locks: dict[str, asyncio.Lock] = {}
-        self._news: asyncio.Event | None = None
+        self._ended: dict[str, tuple[str, frozenset[str]]] = {}
 
     def add(self, stream: Stream) -> None:
         """A site has come. An older stream of the same site ends: the newer one is the truth."""
@@ -90,23 +123,65 @@ class Hub:
             id=row.id, run=row.run, round=row.round, kind=row.kind, body=row.body, base=row.base, seconds_left=left
         )
 
-    async def run_ended(self, run: str, state: str) -> None:
-        """Tell every attending site that a run is over."""
-        for stream in self.streams.values():
-            if run not in stream.ended_runs:
+    # --- runs that are over
+
+    def tell_ended(self, stream: Stream) -> None:
+        """Tell a site of the runs that it took part in and that have ended lately, of each once."""
+        for run, (state, sites) in self._ended.items():
+            if stream.site in sites and run not in stream.ended_runs:
                 stream.ended_runs.add(run)
                 stream.send(ended=RunEnded(run=run, state=state))
+
+    async def _learn_ended(self, topics: set[str]) -> None:
+        """Find out which runs have ended and who took part in them, and tell those who are here."""
+        runs = [topic.removeprefix("ended/") for topic in topics if topic.startswith("ended/")]
+        if ALL in topics:
+            latest = await self.away(partial(self.store.runs, _ENDED_RUNS))
+            runs = [run.id for run in reversed(latest) if run.has_ended]
+        for run in runs:
+            if run not in self._ended:
+                self._ended[run] = await self.away(self._end_of, run)
+        for run in list(self._ended)[:-_ENDED_RUNS]:
+            del self._ended[run]
+        if runs:
+            for stream in list(self.streams.values()):
+                self.tell_ended(stream)
+
+    def _end_of(self, run: str) -> tuple[str, frozenset[str]]:
+        sites = frozenset(m.site for m in self.store.members(run) if m.state == "joined")
+        return self.store.run_row(run).state, sites
+
+    # --- following the store
 
     async def follow(self) -> None:
         """Push whenever the store's bus tells of something, for as long as this replica serves."""
         loop, news = asyncio.get_running_loop(), asyncio.Event()
-        with self.store.bus.subscribe("tasks/", lambda: _set(loop, news)) as told:
+        notify = partial(_set, loop, news)
+        bus = self.store.bus
+        with bus.subscribe("tasks/", notify) as tasks, bus.subscribe("ended/", notify) as ended:
+            left = {ALL}
             while True:
-                await news.wait()
+                if not left:
+                    await news.wait()
                 news.clear()
-                topics = told.take()
-                sites = list(self.streams) if ALL in topics else [t.removeprefix("tasks/") for t in topics]
-                await asyncio.gather(*(self.push(site) for site in sites if site in self.streams))
+                left = await self._heed(left | tasks.take() | ended.take())
+                if left:
+                    await asyncio.sleep(_AGAIN_S)
+
+    async def _heed(self, topics: set[str]) -> set[str]:
+        """Do what topics of the bus ask for; returns those that it could not be done for just now."""
+        sites, left = set(self.streams), set[str]()
+        if ALL not in topics:
+            sites &= {topic.removeprefix("tasks/") for topic in topics}
+        try:
+            async with asyncio.TaskGroup() as group:
+                for site in sites:
+                    group.create_task(self.push(site))
+                group.create_task(self._learn_ended(topics))
+        except* CommonweightError as errors:
+            _log.warning("sites cannot be told of their tasks just now: %s", errors.exceptions[0])
+            left = topics
+        return left
 
 
 def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

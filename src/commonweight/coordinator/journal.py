@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from ..errors import StateError
 from ..federation.round import Committed
 from .audit import append
-from .database import Part, Writing, insert_if_new, reading, upsert, writing
+from .database import Part, Writing, reading, upsert, writing
 from .leases import Lease, hold
 from .rounds import locked, tell
 from .tables import commits, identities, results, tasks
@@ -24,6 +24,9 @@ from .uploads import spend
 
 if TYPE_CHECKING:
     from .store import Store
+
+
+_LAST = sa.select(sa.func.max(commits.c.round)).where(commits.c.run == sa.bindparam("of"))
 
 
 class JournalPart(Part):
@@ -57,13 +60,17 @@ class JournalPart(Part):
 
         Raises:
             LeaseLost: the run is another's by now.
-            StateError: the round is committed already, or not closed.
+            StateError: the round is committed already, is not the next, or is not closed.
         """
         hold(tx, lease)
+        last = tx.execute(_LAST, {"of": lease.run}).scalar_one()
+        if last is not None and round <= last:
+            raise StateError(f"round {round} of run {lease.run!r} is committed already")
+        if round > (last or 0) + 1:
+            raise StateError(f"round {round} of run {lease.run!r} cannot be committed: {(last or 0) + 1} is the next")
         text = json.dumps(record)
         row = {"run": lease.run, "round": round, "record": text, "epoch": lease.epoch}
-        if not insert_if_new(tx, commits, row):
-            raise StateError(f"round {round} of run {lease.run!r} is committed already")
+        tx.execute(commits.insert(), row)
         if round > 0:
             verdict = tell(tx, lease.run, locked(tx, lease.run, round)[0], Committed(round))
             if not verdict.accepted:
@@ -78,8 +85,7 @@ class JournalPart(Part):
     @reading
     def last_round(self, connection: sa.Connection, run: str) -> int:
         """A run's latest committed round, 0 before the first."""
-        last = connection.execute(sa.select(sa.func.max(commits.c.round)).where(commits.c.run == run)).scalar_one()
-        return int(last or 0)
+        return int(connection.execute(_LAST, {"of": run}).scalar_one() or 0)
 
     @reading
     def commits(self, connection: sa.Connection, run: str) -> dict[int, dict[str, Any]]:

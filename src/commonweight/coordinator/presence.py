@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
 
 from .store import Store
 
@@ -25,7 +24,7 @@ class Presence:
         self._began = time.monotonic()
         self._here: dict[str, str] = {}
         self._left: dict[str, float] = {}
-        self._elsewhere: Mapping[str, tuple[str, float]] = {}
+        self._elsewhere: frozenset[str] = frozenset()
         self._read_at = -_READ_S
         self._lock = threading.Lock()
 
@@ -66,13 +65,16 @@ class Presence:
             return None
         return time.monotonic() - since
 
-    def _attending_elsewhere(self) -> set[str]:
+    def _attending_elsewhere(self) -> frozenset[str]:
         now = time.monotonic()
         with self._lock:
             stale = now - self._read_at >= _READ_S
             if stale:
                 self._read_at = now
         if stale:
-            self._elsewhere = self.store.attending()
-        oldest = self.store.database.clock() - self.fresh_s
-        return {s for s, (replica, seen) in self._elsewhere.items() if replica != self.replica and seen >= oldest}
+            oldest = self.store.database.clock() - self.fresh_s
+            known = self.store.attending().items()
+            self._elsewhere = frozenset(
+                site for site, (replica, seen) in known if replica != self.replica and seen >= oldest
+            )
+        return self._elsewhere

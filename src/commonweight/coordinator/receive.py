@@ -11,13 +11,13 @@ sealed file is verified anew); one that was accepted is accepted again, and noth
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from ..errors import StorageError, UpdateRefused
+from ..errors import AccessError, UnreachableError, UpdateRefused
+from ..federation.round import Answered
 from ..identity.certificates import Holder
 from ..identity.keys import UPDATE, verify
 from ..strategies.update import check_weight
@@ -28,8 +28,13 @@ from ..wire.refusals import Refusal, Refused
 from .blobs import Blobs
 from .frame_files import FrameFiles, FrameWriter
 from .plans import Plans, RunPlan
+from .rounds import refusal_code
+from .spares import Spares
 from .store import Store, TaskRow, Upload
 from .vault import SealedFile, Vault
+
+#: the kind of spare files that updates leave
+SPARE = "updates"
 
 #: refusals for what an update is, not for when it came
 _OWN_FAULT = frozenset(
@@ -51,6 +56,7 @@ class Receipt:
     Args:
         sender: the only one who may push.
         present: indexes of the chunks that are there.
+        is_over: it was accepted, refused or dropped; nothing may be written any more.
     """
 
     id: str
@@ -58,6 +64,7 @@ class Receipt:
     run: str
     frame: Frame
     present: set[int] = field(default_factory=set)
+    is_over: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -111,10 +118,10 @@ class Receiver:
     """
 
     def __init__(
-        self, store: Store, blobs: Blobs, vault: Vault, plans: Plans, scratch: Path, *, max_bytes: int
+        self, store: Store, blobs: Blobs, vault: Vault, plans: Plans, scratch: Path, spares: Spares, *, max_bytes: int
     ) -> None:
         self.store, self.blobs, self.vault, self.plans = store, blobs, vault, plans
-        self.scratch, self.max_bytes = scratch, max_bytes
+        self.scratch, self.spares, self.max_bytes = scratch, spares, max_bytes
         self._receipts: dict[str, Receipt] = {}
         self._lock = threading.Lock()
 
@@ -141,8 +148,10 @@ class Receiver:
             raise Refused(Refusal.WRONG_TASK, f"no training task {manifest.task!r} of this run was given to this site")
         if task.round != manifest.round:
             raise Refused(Refusal.WRONG_TASK, f"the task is of round {task.round}, the manifest of {manifest.round}")
-        if task.is_open:  # otherwise it was answered, and the store knows by what
+        known = self.store.find_upload(manifest.run, manifest.round, manifest.site, header_digest(signed.manifest))
+        if known is None:
             self._check(manifest, task, plan)
+            self._check_time(manifest, task)
         return self._status(self._opened(manifest, signed), manifest.frame)
 
     def _plan(self, manifest: ParsedManifest) -> RunPlan:
@@ -158,17 +167,28 @@ class Receiver:
                 Refusal.WRONG_BASE,
                 f"the work started from global tensors {manifest.base[:16]}…, the task from {task.base[:16]}…",
             )
-        if manifest.frame.plan.num_bytes > self.max_bytes:
-            raise Refused(
-                Refusal.TOO_LARGE,
-                f"the update has {manifest.frame.plan.num_bytes:,} bytes; {self.max_bytes:,} are allowed",
-            )
+        self.check_size("the update", manifest.frame)
         chunk_bytes = plan.initial.plan.chunk_bytes
         check_frame(manifest.frame, plan.layout, plan.update_channels, chunk_bytes=chunk_bytes)
         try:
             check_weight(weight_of(manifest, plan), manifest.site, manifest.round)
         except UpdateRefused as error:
             raise Refused(Refusal.BAD_WEIGHT, error.message) from error
+
+    def _check_time(self, manifest: ParsedManifest, task: TaskRow) -> None:
+        """Whether the answer still comes in time; what has been answered already, `store.open_upload` knows."""
+        if task.is_open:
+            return
+        run = self.store.run_row(manifest.run)
+        if run.has_ended:
+            raise Refused(Refusal.RUN_ENDED, f"run {manifest.run!r} is {run.state}")
+        found = self.store.round_state(manifest.run, manifest.round)
+        if found is not None:
+            answer = Answered(manifest.site, manifest.round)
+            _, verdict = found[0].apply(answer)
+            if not verdict.accepted:
+                raise Refused(refusal_code(found[0], answer), verdict.reason)
+        raise Refused(Refusal.WRONG_TASK, f"task {manifest.task!r} is over: it is {task.state}")
 
     def _opened(self, manifest: ParsedManifest, signed: SignedManifest) -> Upload:
         """The upload's row, and the file that its chunks go to."""
@@ -188,39 +208,52 @@ class Receiver:
             )
         )
         if upload.state == "open":
-            self._receive(upload, manifest)
+            self._receive(upload, manifest, new=upload.id == number)
         return upload
 
-    def _receive(self, upload: Upload, manifest: ParsedManifest) -> None:
+    def _receive(self, upload: Upload, manifest: ParsedManifest, *, new: bool) -> None:
         with self._lock:
             if upload.id in self._receipts:
                 return
             folder = self.scratch / "uploads"
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{upload.id}.sealed"
-            if self.blobs.exists(upload.blob):  # stored by a process that was killed before it could say so
+            if new:
+                self.spares.take(upload.run, SPARE, path)
+            elif self.blobs.exists(upload.blob):  # stored by a process that was killed before it could say so
                 path = self.blobs.open_local(upload.blob)
             assert upload.data_key is not None
             key = self.vault.unwrap(upload.data_key, _context(manifest))
             frame = manifest.frame
             sealed = SealedFile(path, key, frame.plan.chunk_bytes)
-            found = sealed.present(
-                frame.plan.num_chunks, lambda index, data: chunk_digest(data) == frame.digests[index]
+            receipt = UpdateReceipt(
+                upload.id, upload.site, upload.run, frame, sealed=sealed, path=path, blob=upload.blob
             )
-            self._receipts[upload.id] = UpdateReceipt(
-                upload.id, upload.site, upload.run, frame, set(found), sealed=sealed, path=path, blob=upload.blob
+            receipt.lock.acquire()  # before others see it: they wait for what is found, and nobody waits for them
+            self._receipts[upload.id] = receipt
+        try:
+            if not new:  # what lies in a file of another upload, it could not read anyway
+                receipt.present.update(
+                    sealed.present(
+                        frame.plan.num_chunks, lambda index, data: chunk_digest(data) == frame.digests[index]
+                    )
+                )
+        finally:
+            receipt.lock.release()
+
+    def check_size(self, what: str, frame: Frame) -> None:
+        """Raises Refused (too-large): a frame has more bytes than one upload may have."""
+        if frame.plan.num_bytes > self.max_bytes:
+            raise Refused(
+                Refusal.TOO_LARGE, f"{what}: {frame.plan.num_bytes:,} bytes, more than the {self.max_bytes:,} allowed"
             )
 
     def open_initial(self, run: str, frame: Frame, sender: str, files: FrameFiles) -> UploadStatus:
         """A lead offers a run's initial global tensors: resumable as long as this replica lives."""
         number = f"initial-{run}"
         if files.has(frame.digest):
+            self.arrived(run)
             return UploadStatus(state=UploadStatus.ACCEPTED, upload=number)
-        if frame.plan.num_bytes > self.max_bytes:
-            raise Refused(
-                Refusal.TOO_LARGE,
-                f"the initial tensors have {frame.plan.num_bytes:,} bytes; {self.max_bytes:,} are allowed",
-            )
         with self._lock:
             receipt = self._receipts.get(number)
             if receipt is None:
@@ -237,23 +270,26 @@ class Receiver:
                     state=UploadStatus.REFUSED, upload=upload.id, code=upload.code, reason=upload.reason
                 )
         receipt = self._receipts.get(upload.id)
-        missing = receipt.missing if receipt is not None else range(frame.plan.num_chunks)
-        if receipt is not None and not receipt.missing:
+        if receipt is None:  # it has ended in this very moment
+            return self.finish(upload.id, upload.site)
+        with receipt.lock:
+            missing = receipt.missing
+        if not missing:
             return self.finish(upload.id, receipt.sender)
         return UploadStatus(state=UploadStatus.OPEN, upload=upload.id, missing=missing)
 
     # --- chunks
 
-    def receipt(self, upload: str, sender: str) -> Receipt | None:
-        """The upload under way of this id, if it is this sender's."""
-        found = self._receipts.get(upload)
-        return found if found is not None and found.sender == sender else None
+    def receipt(self, upload: str) -> Receipt | None:
+        """The upload under way here of this id."""
+        return self._receipts.get(upload)
 
     def take(self, receipt: Receipt, message: bytes) -> None:
         """One chunk with its index in front.
 
         Raises:
             Refused: the chunk is not what the manifest promised (it may be sent again), or not finite (final).
+            UnreachableError: the upload has ended meanwhile; opening it anew tells how.
         """
         if len(message) < 4:
             raise Refused(Refusal.MALFORMED, "a chunk without its index")
@@ -264,20 +300,30 @@ class Receiver:
             refused = Refused(Refusal.NON_FINITE, f"the update holds NaN or infinity in {bad!r}")
             self._drop(receipt, refused)
             raise refused
-        receipt.write(index, chunk)
         with receipt.lock:
-            receipt.present.add(index)
+            if receipt.is_over:
+                raise _reopen(receipt.id)
+            if index not in receipt.present:
+                receipt.write(index, chunk)
+                receipt.present.add(index)
 
     def finish(self, upload: str, sender: str) -> UploadStatus:
-        """What has become of an upload once its sender has stopped sending."""
-        receipt = self.receipt(upload, sender)
+        """What has become of an upload once its sender has stopped sending.
+
+        Raises:
+            AccessError: it is another's.
+            UnreachableError: nothing of it is known here; it must be opened anew.
+        """
+        receipt = self.receipt(upload)
         if receipt is None:
             row = self.store.upload(upload)
-            if row is None or row.site != sender:
-                raise Refused(Refusal.MALFORMED, f"there is no upload {upload!r}")
+            if row is None:
+                raise _reopen(upload)
+            if row.site != sender:
+                raise AccessError(f"upload {upload!r} is not one of {sender!r}")
             return self._status_of(row)
         with receipt.lock:
-            if receipt.missing:
+            if receipt.missing and not receipt.is_over:
                 return UploadStatus(state=UploadStatus.OPEN, upload=upload, missing=receipt.missing)
             if isinstance(receipt, InitialReceipt):
                 return self._finish_initial(receipt)
@@ -286,20 +332,25 @@ class Receiver:
 
     def _finish_initial(self, receipt: InitialReceipt) -> UploadStatus:
         assert receipt.writer is not None
-        if receipt.id in self._receipts:
+        if not receipt.is_over:
             receipt.writer.finish()
-            self._forget(receipt)
-            self.store.set_run_state(receipt.run, "waiting")
+            self._end(receipt)
+        self.arrived(receipt.run)
         return UploadStatus(state=UploadStatus.ACCEPTED, upload=receipt.id)
+
+    def arrived(self, run: str) -> None:
+        """A run's initial tensors are there: it waits to be led, unless it was cancelled meanwhile."""
+        if self.store.run_row(run).state == "receiving":
+            self.store.set_run_state(run, "waiting")
 
     def _finish_update(self, receipt: UpdateReceipt) -> UploadStatus:
         assert receipt.sealed is not None
-        if receipt.id in self._receipts:
+        if not receipt.is_over:
             receipt.sealed.sync()
             if not self.blobs.exists(receipt.blob):
                 self.blobs.put(receipt.blob, receipt.path)
             verdict = self.store.accept_upload(receipt.id)
-            self._forget(receipt)
+            self._end(receipt)
             if not verdict.accepted:
                 self.blobs.delete(receipt.blob)
         row = self.store.upload(receipt.id)
@@ -311,14 +362,15 @@ class Receiver:
             return UploadStatus(state=UploadStatus.ACCEPTED, upload=row.id)
         if row.state == "refused":
             return UploadStatus(state=UploadStatus.REFUSED, upload=row.id, code=row.code, reason=row.reason)
-        return UploadStatus(state=UploadStatus.UNKNOWN, upload=row.id, reason="open the upload anew")
+        raise _reopen(row.id)
 
     def _drop(self, receipt: Receipt, refused: Refused) -> None:
         """An upload that can never be accepted."""
         if isinstance(receipt, UpdateReceipt):
             self.store.refuse_upload(receipt.id, refused.code, refused.message)
-            self._forget(receipt)
-            receipt.path.unlink(missing_ok=True)
+        else:
+            self.store.set_run_state(receipt.run, "failed", error=f"its initial tensors: {refused.message}")
+        self._forget(receipt)
 
     def end_refused_task(self, holder: Holder, signed: SignedManifest, refused: Refused) -> str:
         """A manifest was refused for what it is: the task that it would have answered has failed. Returns its id."""
@@ -337,31 +389,62 @@ class Receiver:
             state=UploadStatus.REFUSED, upload=receipt.id, code=str(refused.code), reason=refused.message
         )
 
-    def _forget(self, receipt: Receipt) -> None:
+    # --- forgetting
+
+    def _end(self, receipt: Receipt) -> None:
+        """Nothing is written to it any more. To be called with its lock held."""
         with self._lock:
             self._receipts.pop(receipt.id, None)
+        receipt.is_over = True
         receipt.close()
+
+    def _forget(self, receipt: Receipt, *, delete: bool = True) -> None:
+        """It will not be accepted, not here: close it, and delete what has come of it."""
+        with receipt.lock:
+            if receipt.is_over:
+                return
+            self._end(receipt)
+        if delete and isinstance(receipt, UpdateReceipt):
+            receipt.path.unlink(missing_ok=True)
+
+    def forget(self, upload: str) -> None:
+        """Drop an upload that was decided, if it is still under way here."""
+        receipt = self._receipts.get(upload)
+        if receipt is not None:
+            self._forget(receipt)
 
     def forget_run(self, run: str) -> None:
         """A run has ended: what was under way for it is dropped."""
-        with self._lock:
-            ended = [receipt for receipt in self._receipts.values() if receipt.run == run]
-        for receipt in ended:
-            self._forget(receipt)
-            if isinstance(receipt, UpdateReceipt):
-                receipt.path.unlink(missing_ok=True)
+        for receipt in list(self._receipts.values()):
+            if receipt.run == run:
+                self._forget(receipt)
 
-    def sweep(self, known: Iterable[str]) -> None:
+    def forget_ended(self) -> None:
+        """Drop what is under way here and was decided elsewhere, or came too late. To be called now and then."""
+        for receipt in list(self._receipts.values()):
+            if isinstance(receipt, UpdateReceipt):
+                row = self.store.upload(receipt.id)
+                is_open = row is not None and row.state == "open"
+            else:
+                is_open = self.store.run_row(receipt.run).state == "receiving"
+            if not is_open:
+                self._forget(receipt)
+
+    def sweep(self) -> None:
         """Delete files of uploads that are not open any more: rubbish of a crash."""
-        open_ = set(known)
         for path in (self.scratch / "uploads").glob("*.sealed"):
-            if path.stem not in open_ and path.stem not in self._receipts:
-                with suppress(OSError, StorageError):
+            row = self.store.upload(path.stem)
+            if row is None or row.state != "open":
+                with suppress(OSError):
                     path.unlink()
 
     def close(self) -> None:
         for receipt in list(self._receipts.values()):
-            self._forget(receipt)
+            self._forget(receipt, delete=False)
+
+
+def _reopen(upload: str) -> UnreachableError:
+    return UnreachableError(f"upload {upload[:80]!r} is not open here", hint="open it anew", retry=True)
 
 
 def weight_of(manifest: ParsedManifest, plan: RunPlan) -> float:

@@ -7,7 +7,6 @@ in a round is written down when the round is opened, so that a round that is tak
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from typing import Any
@@ -18,6 +17,7 @@ from ..federation.events import Events
 from ..federation.journal import RunJournal
 from ..federation.round import answers_needed
 from ..federation.tally import Sites
+from .access import ACTIVE
 from .answers import checked_facts
 from .engine import NetworkEngine
 from .store import TaskRow
@@ -39,7 +39,10 @@ class Roster:
         """The sites that may take part, in the order of folding."""
         if self.named:
             return self.named
-        return tuple(sorted(p.name for p in self.store.principals("site") if p.state == "active"))
+        return tuple(sorted(self._active()))
+
+    def _active(self) -> set[str]:
+        return {principal.name for principal in self.store.principals("site") if principal.state == ACTIVE}
 
     def joined(self) -> dict[str, dict[str, Any]]:
         """Facts of the sites that have joined, in the order of folding."""
@@ -98,14 +101,16 @@ class Roster:
         new = [self._task(site) for site in self.expected() if site not in rows]
         if new:
             self.store.add_tasks(self.engine.led.lease, new)
-        waiting = list(new)
+        waiting, active = list(new), self._active()
         for site, row in rows.items():
             if members.get(site) in ("joined", "refused"):
                 continue
-            if row.is_open:
+            if not row.is_open:
+                self._hear(row)
+            elif site in active:
                 waiting.append(row)
             else:
-                self._hear(row)
+                self._refused(row, "its enrolment was revoked")
         return waiting
 
     def _task(self, site: str) -> TaskRow:
@@ -119,13 +124,16 @@ class Roster:
         reason = row.reason
         if row.state == "done":
             try:
-                facts = checked_facts(json.loads(row.result or b"null"))
-            except (SiteError, ValueError) as error:
-                reason = f"its facts cannot be used: {error}"
+                facts = checked_facts(row.result)
+            except SiteError as error:
+                reason = f"its facts cannot be used: {error.message}"
             else:
                 self.store.put_member(row.run, row.site, "joined", facts)
                 self.events.emit("site_joined", site=row.site, steps=facts["steps"])
                 return
+        self._refused(row, reason)
+
+    def _refused(self, row: TaskRow, reason: str) -> None:
         self.store.put_member(row.run, row.site, "refused", reason=reason)
         self.events.emit("site_refused", site=row.site, reason=reason)
 
@@ -137,9 +145,9 @@ class Roster:
         record = self.journal.get(f"roster/{round:04d}")
         if record is None:
             self.ask()
-            joined = self.joined()
-            record = {"sites": list(joined)}
-            check_cohort(len(joined), self.spec)
+            joined, active = self.joined(), self._active()
+            record = {"sites": [site for site in joined if site in active]}
+            check_cohort(len(record["sites"]), self.spec)
             self.journal.put(f"roster/{round:04d}", record)
         names = tuple(record["sites"])
         self.engine.num_sites = len(names)

@@ -81,7 +81,7 @@ class Member:
 
 
 class RunsPart(Part):
-    """Runs and their members in the store. Topic: `run/<id>`."""
+    """Runs and their members in the store. Topics: `run/<id>`, and `ended/<id>` when one has ended."""
 
     @writing
     def add_run(
@@ -220,5 +220,6 @@ def _set_state(tx: Writing, run: str, state: str, error: str, hint: str, *, acto
     tx.execute(runs.update().where(runs.c.id == run).values(**values))
     if ended:
         withdraw_where(tx, run, reason=f"the run is {state}")
+        tx.publish(f"ended/{run}")
     append(tx, f"run {state}", actor=actor, subject=run, **({"error": error} if error else {}))
     tx.publish(f"run/{run}")

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import signal
+import socket
 import sys
 import threading
 import time
@@ -26,7 +27,7 @@ from ..identity.tls import ServerIdentity, enforce_tls13, enrolment_credentials,
 from ..wire.service import CONTROL, ENROLMENT, FEDERATION, TRANSFER, channel_options, handler
 from .context import Context
 from .control import ControlService
-from .enrolment import EnrolmentService
+from .enrolment import MAX_REQUEST_BYTES, EnrolmentService
 from .folder import certificate_ends, hosts_of, renew_server_certificate
 from .guard import Guard
 from .leader import Leader
@@ -36,6 +37,11 @@ from .settings import CoordinatorSettings, load_settings
 _log = logging.getLogger(__name__)
 
 _GRACE_S = 5.0
+_MOST = "grpc.max_receive_message_length"
+#: what is under way and was decided elsewhere is dropped this often
+_TIDY_S = 30.0
+#: who connects to the HTTP port and then says nothing is dropped after this
+_HTTP_S = 10.0
 #: the coordinator's certificate is renewed when less than this is left of it
 _RENEW_BEFORE_S = 30 * 24 * 3600.0
 
@@ -78,7 +84,7 @@ def serve(folder: Path, *, ready: Callable[[CoordinatorSettings, dict[str, int]]
     enforce_tls13()
     settings = load_settings(folder)
     keep_certificate(folder, settings)
-    asyncio.run(Replica(folder, settings).serve(ready))
+    asyncio.run(Replica(folder, settings).serve(ready, signals=True))
 
 
 def keep_certificate(folder: Path, settings: CoordinatorSettings) -> None:
@@ -89,33 +95,54 @@ def keep_certificate(folder: Path, settings: CoordinatorSettings) -> None:
 
 
 class Replica:
-    """One process of a coordinator."""
+    """One process of a coordinator.
+
+    Attributes:
+        here: its parts, once it serves.
+    """
 
     def __init__(self, folder: Path, settings: CoordinatorSettings) -> None:
         self.folder, self.settings = folder, settings
+        self.here: Context | None = None
+        self._stop = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def serve(self, ready: Callable[[CoordinatorSettings, dict[str, int]], None] | None) -> None:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        here = Context(self.folder, self.settings)
+    def stop(self) -> None:
+        """End `serve`. May be called from any thread, once it is ready."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    async def serve(
+        self, ready: Callable[[CoordinatorSettings, dict[str, int]], None] | None = None, *, signals: bool = False
+    ) -> None:
+        """Serve until `stop`.
+
+        Args:
+            ready: as `serve` has it.
+            signals: stop on SIGTERM and SIGINT too; only in a process's main thread.
+        """
+        self._loop = loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
+            loop.add_signal_handler(number, self._stop.set)
+        here = self.here = Context(self.folder, self.settings)
+        guard = Guard(here.store, here.denials, here.metrics, here.away)
         server = enrolment = None
         leader, http = Leader(here), None
         background: list[asyncio.Task[None]] = []
         try:
             here.blobs.check()
             here.blobs.sweep()
-            server, services = await self._services(here)
+            here.receiver.sweep()
+            server, services = await self._services(here, guard)
             enrolment, enrolments = await self._enrolment(here)
             http = serve_http(self.settings.listen_http, here)
-            background = [asyncio.create_task(here.hub.follow()), asyncio.create_task(Watch(here).forever())]
+            background = [asyncio.create_task(here.hub.follow()), asyncio.create_task(Watch(here, guard).forever())]
             leader.start()
             ports = {"services": services, "enrolment": enrolments, "http": http.server_address[1]}
             _log.info("serving on ports %s", json.dumps(ports))
             if ready is not None:
                 ready(self.settings, ports)
-            await stop.wait()
+            await self._stop.wait()
             _log.info("stopping")
         finally:
             await loop.run_in_executor(None, leader.stop)
@@ -123,6 +150,7 @@ class Replica:
                 task.cancel()
             for stream in list(here.hub.streams.values()):
                 stream.end("the coordinator is stopping", come_back=True)
+            guard.close()
             for one in (server, enrolment):
                 if one is not None:
                     await one.stop(_GRACE_S if one is enrolment else 1.0)
@@ -130,9 +158,8 @@ class Replica:
                 http.shutdown()
             await loop.run_in_executor(None, here.close)
 
-    async def _services(self, here: Context) -> tuple[Any, int]:
+    async def _services(self, here: Context, guard: Guard) -> tuple[Any, int]:
         server = grpc.aio.server(options=channel_options())
-        guard = Guard(here.store, here.metrics, here.away)
         federation = FederationService(here)
         for methods, service in ((FEDERATION, federation), (TRANSFER, federation), (CONTROL, ControlService(here))):
             server.add_generic_rpc_handlers((guard.handler(methods, service),))
@@ -141,7 +168,8 @@ class Replica:
         return server, port
 
     async def _enrolment(self, here: Context) -> tuple[Any, int]:
-        server = grpc.aio.server(options=channel_options())
+        options = [option for option in channel_options() if option[0] != _MOST]
+        server = grpc.aio.server(options=[*options, (_MOST, MAX_REQUEST_BYTES)])
         server.add_generic_rpc_handlers((handler(ENROLMENT, EnrolmentService(here)),))
         port = _open(server, self.settings.listen_enrolment, enrolment_credentials(self._identity))
         await server.start()
@@ -175,21 +203,32 @@ def _not_open(address: str) -> UnreachableError:
 class Watch:
     """Looks after the attending sites: those that fell silent, and those that may no longer attend."""
 
-    def __init__(self, context: Context) -> None:
-        self.here = context
-        self.guard = Guard(context.store, context.metrics, context.away)
+    def __init__(self, context: Context, guard: Guard) -> None:
+        self.here, self.guard = context, guard
+        self._tidied_at = 0.0
 
     async def forever(self) -> None:
         beat = self.here.settings.heartbeat_s
         while True:
             await asyncio.sleep(beat)
-            try:
-                await self._look(beat)
-            except CommonweightError as error:
-                _log.warning("attendance cannot be looked after just now: %s", error.message)
+            for look in (self._attendance, self._tidy):
+                try:
+                    await look(beat)
+                except CommonweightError as error:
+                    _log.warning("the coordinator cannot look after itself just now: %s", error.message)
+                except Exception:  # the next look must come, whatever this one met
+                    _log.exception("a defect in looking after the coordinator")
 
-    async def _look(self, beat: float) -> None:
-        await self.here.away(keep_certificate, self.here.folder, self.here.settings)
+    async def _tidy(self, beat: float) -> None:
+        """What needs to be done now and then."""
+        now = asyncio.get_running_loop().time()
+        if now - self._tidied_at >= _TIDY_S:
+            self._tidied_at = now
+            await self.here.away(keep_certificate, self.here.folder, self.here.settings)
+            await self.here.away(self.here.receiver.forget_ended)
+        await self.here.away(self.here.denials.flush)
+
+    async def _attendance(self, beat: float) -> None:
         hub, now = self.here.hub, asyncio.get_running_loop().time()
         for stream in list(hub.streams.values()):
             if now - stream.heard_at > 3 * beat + 1:
@@ -211,6 +250,8 @@ def serve_http(address: str, context: Context) -> ThreadingHTTPServer:
     """/metrics and /healthz, in threads of their own."""
 
     class Answers(BaseHTTPRequestHandler):
+        timeout = _HTTP_S
+
         def do_GET(self) -> None:
             if self.path == "/metrics":
                 self._answer(200, CONTENT_TYPE_LATEST, generate_latest(context.metrics.registry))
@@ -230,8 +271,14 @@ def serve_http(address: str, context: Context) -> ThreadingHTTPServer:
             """Probes come every few seconds; they are not worth a line."""
 
     host, _, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+        daemon_threads = True
+
     try:
-        server = ThreadingHTTPServer((host, int(port)), Answers)
+        server = Server((bare, int(port)), Answers)
     except (OSError, ValueError) as error:
         raise _not_open(address) from error
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()

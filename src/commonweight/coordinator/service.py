@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from functools import partial
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
-import grpc
-
-from ..errors import AccessError, StateError
-from ..identity.certificates import Holder, holder_of
+from ..errors import AccessError, CommonweightError, StateError, StorageError, UnreachableError
+from ..identity.certificates import Holder
+from ..wire.manifest import DIGEST, TASK
+from ..wire.messages import check_site_message
 from ..wire.protocol_pb2 import (
     Bye,
     CoordinatorMessage,
@@ -21,7 +23,6 @@ from ..wire.protocol_pb2 import (
     JobRequest,
     RenewReply,
     RenewRequest,
-    RunEnded,
     SignedJob,
     SignedManifest,
     SiteMessage,
@@ -34,7 +35,9 @@ from ..wire.service import CERTIFICATE_KEY, PROTOCOL_MAX, PROTOCOL_MIN, UPLOAD_K
 from .context import Context
 from .frame_files import StoredFrame
 from .hub import Stream
-from .receive import InitialReceipt
+from .receive import InitialReceipt, Receipt
+
+_log = logging.getLogger(__name__)
 
 _STATES = {
     TaskReply.TAKEN: "taken",
@@ -44,10 +47,8 @@ _STATES = {
 }
 #: a site is given this long to say hello
 _HELLO_S = 10.0
-#: the longest reason that is kept of a site's reply
-_REASON_CHARS = 4000
-#: runs that ended lately; a site that was away is told of them when it comes
-_ENDED_RUNS = 50
+#: transfers that one caller may have under way; each holds a chunk in memory
+_TRANSFERS = 16
 
 
 class FederationService:
@@ -55,6 +56,7 @@ class FederationService:
 
     def __init__(self, context: Context) -> None:
         self.here = context
+        self._transfers: Counter[str] = Counter()
 
     # --- attendance
 
@@ -63,80 +65,119 @@ class FederationService:
     ) -> AsyncIterator[CoordinatorMessage]:
         await context.send_initial_metadata(((CERTIFICATE_KEY, self.here.certificate()),))
         hello = await self._hello(requests)
-        if hello is None:
-            yield CoordinatorMessage(bye=Bye(reason="the first message must be a hello", come_back=True))
-            return
-        version = min(PROTOCOL_MAX, hello.protocol_max)
-        if version < max(PROTOCOL_MIN, hello.protocol_min):
-            reason = (
-                f"no version of the protocol in common: this coordinator speaks {PROTOCOL_MIN} to {PROTOCOL_MAX}, "
-                f"the site {hello.protocol_min} to {hello.protocol_max}"
-            )
-            yield CoordinatorMessage(bye=Bye(reason=reason, come_back=False))
+        if isinstance(hello, Bye):
+            yield CoordinatorMessage(bye=hello)
             return
         hub, presence = self.here.hub, self.here.presence
         stream = Stream(holder.name, uuid4().hex, holder, set(hello.tasks))
         hub.add(stream)
-        await self.here.away(presence.arrived, stream.site, stream.session)
-        self.here.metrics.attending.set(len(hub.streams))
-        reader = asyncio.create_task(self._read(requests, stream))
+        reader: asyncio.Task[None] | None = None
         try:
+            await self.here.away(presence.arrived, stream.site, stream.session)
+            self.here.metrics.attending.set(len(hub.streams))
             head = await self.here.away(self.here.audit_head)
-            welcome = Welcome(
-                protocol=version, name=holder.name, heartbeat_s=self.here.settings.heartbeat_s, audit_head=head
+            stream.audit_sequence = head.sequence
+            yield CoordinatorMessage(
+                welcome=Welcome(
+                    protocol=min(PROTOCOL_MAX, hello.protocol_max),
+                    name=holder.name,
+                    heartbeat_s=self.here.settings.heartbeat_s,
+                    audit_head=head,
+                )
             )
-            yield CoordinatorMessage(welcome=welcome)
-            for run in await self.here.away(partial(self.here.store.runs, _ENDED_RUNS)):
-                if run.has_ended:
-                    stream.ended_runs.add(run.id)
-                    yield CoordinatorMessage(ended=RunEnded(run=run.id, state=run.state))
+            reader = asyncio.create_task(self._read(requests, stream))
+            hub.tell_ended(stream)
             await hub.push(stream.site)
             async for message in stream.messages():
                 yield message
         finally:
-            reader.cancel()
+            if reader is not None:
+                reader.cancel()
             hub.remove(stream)
             self.here.metrics.attending.set(len(hub.streams))
             await asyncio.shield(self.here.away(presence.left, stream.site, stream.session))
 
-    async def _hello(self, requests: AsyncIterator[SiteMessage]) -> Hello | None:
+    async def _hello(self, requests: AsyncIterator[SiteMessage]) -> Hello | Bye:
+        """A site's first message, or why it cannot attend."""
         try:
             first = await asyncio.wait_for(anext(requests, None), _HELLO_S)
         except TimeoutError:
-            return None
-        return first.hello if first is not None and first.WhichOneof("body") == "hello" else None
+            first = None
+        if first is None or first.WhichOneof("body") != "hello":
+            return Bye(reason="the first message must be a hello", come_back=True)
+        try:
+            check_site_message(first)
+        except Refused as refused:
+            return Bye(reason=refused.message, come_back=True)
+        hello = first.hello
+        if min(PROTOCOL_MAX, hello.protocol_max) < max(PROTOCOL_MIN, hello.protocol_min):
+            reason = (
+                f"no version of the protocol in common: this coordinator speaks {PROTOCOL_MIN} to {PROTOCOL_MAX}, "
+                f"the site {hello.protocol_min} to {hello.protocol_max}"
+            )
+            return Bye(reason=reason, come_back=False)
+        return hello
 
     async def _read(self, requests: AsyncIterator[SiteMessage], stream: Stream) -> None:
         """Take in what a site says, until it stops saying anything."""
+        reason, come_back = "", True
         try:
             async for message in requests:
                 stream.heard_at = asyncio.get_running_loop().time()
-                match message.WhichOneof("body"):
-                    case "heartbeat":
-                        stream.progress = {p.task: p.note[:200] for p in message.heartbeat.progress}
-                        stream.send(heartbeat=Heartbeat())
-                    case "reply":
-                        await self._reply(message.reply, stream)
-                    case _:
-                        stream.end("a hello comes once, at the beginning", come_back=True)
-        except (grpc.RpcError, asyncio.CancelledError):
-            raise
-        except Refused as refused:
-            stream.end(refused.message, come_back=True)
+                await self._hear(message, stream)
+        except AccessError as error:  # of the guard: it may not attend any more
+            reason, come_back = error.message, False
+        except CommonweightError as error:
+            reason = error.message
         finally:
-            stream.end("", come_back=True)
+            stream.end(reason, come_back=come_back)
 
-    async def _reply(self, reply: TaskReply, stream: Stream) -> None:
-        state = _STATES.get(reply.state)
-        if state is None:
-            raise Refused(Refusal.MALFORMED, "a reply without a state")
-        result = reply.result or None
-        reason = reply.reason[:_REASON_CHARS]
-        row = await self.here.away(self.here.store.reply, reply.task, stream.site, state, reason, result)
-        if row is not None and state in ("refused", "failed"):
+    async def _hear(self, message: SiteMessage, stream: Stream) -> None:
+        match message.WhichOneof("body"):
+            case "heartbeat":
+                stream.doing = _doing(message)
+                stream.send(heartbeat=Heartbeat())
+            case "reply":
+                try:
+                    await self._reply(message, stream)
+                except Refused as refused:
+                    details = {"code": str(refused.code), "reason": refused.message}
+                    note = lambda: self.here.denials.note("reply refused", actor=stream.site, **details)  # noqa: E731
+                    await self.here.away(note)
+                    raise
+            case _:
+                stream.end("a hello comes once, at the beginning", come_back=True)
+
+    async def _reply(self, message: SiteMessage, stream: Stream) -> None:
+        """What a site says of a task. What cannot be used is no answer: the task has failed then.
+
+        Raises:
+            Refused: it is nothing that could be said of one of the site's tasks.
+        """
+        reply = message.reply
+        state, reason, result = _STATES.get(reply.state, ""), reply.reason, reply.result or None
+        try:
+            check_site_message(message)
+        except Refused as refused:
+            if not TASK.fullmatch(reply.task):
+                raise
+            state, reason, result = "failed", f"its answer was refused: {refused.message}", None
+        await self.here.away(self._take_reply, stream.site, reply.task, state, reason, result)
+
+    def _take_reply(self, site: str, task: str, state: str, reason: str, result: bytes | None) -> None:
+        store = self.here.store
+        if state == "taken":
+            store.reply(task, site, state, reason)
+            return
+        before = store.task(task)
+        is_open = before is not None and before.is_open
+        if is_open and before is not None and before.kind == "train" and state == "done":
+            # an update that was accepted has ended its task already
+            state, reason = "failed", "it says that it is done, but no update of it was accepted"
+        row = store.reply(task, site, state, reason, result)
+        if is_open and row is not None and state in ("refused", "failed"):
             details = {"run": row.run, "round": row.round, "kind": row.kind, "reason": reason}
-            audit = partial(self.here.store.audit, f"task {state}", actor=stream.site, subject=row.id, **details)
-            await self.here.away(audit)
+            store.audit(f"task {state}", actor=site, subject=row.id, **details)
 
     async def GetJob(self, request: JobRequest, holder: Holder, context: Any) -> SignedJob:
         plan = await self.here.away(self.here.plan_for, request.run, holder)
@@ -159,7 +200,7 @@ class FederationService:
         """A refusal as an answer, in the audit log, and as the end of the task that it would have answered."""
         self.here.metrics.uploads.labels(str(refused.code)).inc()
         subject = self.here.receiver.end_refused_task(holder, signed, refused)
-        self.here.store.audit(
+        self.here.denials.note(
             "update refused", actor=holder.name, subject=subject, code=str(refused.code), reason=refused.message
         )
         return UploadStatus(state=UploadStatus.REFUSED, code=str(refused.code), reason=refused.message)
@@ -167,11 +208,21 @@ class FederationService:
     async def Push(self, requests: AsyncIterator[bytes], holder: Holder, context: Any) -> UploadStatus:
         upload = dict(context.invocation_metadata() or ()).get(UPLOAD_KEY, "")
         receiver = self.here.receiver
-        receipt = receiver.receipt(upload, holder.name)
+        receipt = receiver.receipt(upload)
         if receipt is None:
-            raise StateError(f"no upload {upload!r} is open here", hint="open it anew", retry=True)
-        if isinstance(receipt, InitialReceipt) != (holder.role != "site"):
-            raise AccessError(f"upload {upload!r} is not one that a {holder.role} sends")
+            return await self.here.away(receiver.finish, upload, holder.name)
+        if receipt.sender != holder.name:
+            raise AccessError(f"upload {upload!r} is not one of {holder.name!r}")
+        with self._transfer(holder):
+            status = await self._pushed(requests, receipt)
+        outcome = {UploadStatus.ACCEPTED: "accepted", UploadStatus.REFUSED: status.code}.get(status.state)
+        if outcome is not None and not isinstance(receipt, InitialReceipt):
+            self.here.metrics.uploads.labels(outcome).inc()
+        return status
+
+    async def _pushed(self, requests: AsyncIterator[bytes], receipt: Receipt) -> UploadStatus:
+        """Take chunks for as long as they come, then say what has become of the upload."""
+        receiver = self.here.receiver
         try:
             while True:
                 async with self.here.lanes.one():
@@ -180,31 +231,58 @@ class FederationService:
                         break
                     await self.here.crunch(receiver.take, receipt, message)
                 self.here.metrics.received.inc(len(message))
-            status: UploadStatus = await self.here.away(receiver.finish, upload, holder.name)
         except Refused as refused:
             if refused.code is Refusal.CORRUPT_CHUNK:
-                return UploadStatus(state=UploadStatus.OPEN, upload=upload, missing=receipt.missing)
+                return UploadStatus(state=UploadStatus.OPEN, upload=receipt.id, missing=receipt.missing)
             return await self.here.away(receiver.refused_push, receipt, refused)
-        outcome = {UploadStatus.ACCEPTED: "accepted", UploadStatus.REFUSED: status.code}.get(status.state)
-        if outcome is not None:
-            self.here.metrics.uploads.labels(outcome).inc()
-        return status
+        return await self.here.away(receiver.finish, receipt.id, receipt.sender)
+
+    @contextmanager
+    def _transfer(self, holder: Holder) -> Iterator[None]:
+        """One transfer under way.
+
+        Raises:
+            UnreachableError: the caller has too many.
+        """
+        if self._transfers[holder.name] >= _TRANSFERS:
+            raise UnreachableError(f"{holder.name!r} has {_TRANSFERS} transfers under way; one must end", retry=True)
+        self._transfers[holder.name] += 1
+        try:
+            yield
+        finally:
+            self._transfers[holder.name] -= 1
 
     # --- global tensors
 
     async def Fetch(self, request: FetchRequest, holder: Holder, context: Any) -> AsyncIterator[bytes]:
         await self.here.away(self.here.plan_for, request.run, holder)
-        stored: StoredFrame = await self.here.away(self.here.files(request.run).open, request.frame)
+        stored: StoredFrame = await self.here.away(self._frame, request.run, request.frame)
         yield stored.frame.header
         if request.header_only:
             return
-        for index in range(request.first, stored.frame.plan.num_chunks):
-            async with self.here.lanes.one():
-                chunk = await self.here.crunch(stored.chunk, index)
-                await context.write(chunk)
-            self.here.metrics.sent.inc(len(chunk))
+        with self._transfer(holder):
+            for index in range(request.first, stored.frame.plan.num_chunks):
+                async with self.here.lanes.one():
+                    chunk = await self.here.crunch(stored.chunk, index)
+                    yield chunk
+                self.here.metrics.sent.inc(len(chunk))
+
+    def _frame(self, run: str, digest: str) -> StoredFrame:
+        if not DIGEST.fullmatch(digest):
+            raise Refused(Refusal.MALFORMED, f"{digest[:80]!r} is no frame's digest")
+        files = self.here.files(run)
+        try:
+            return files.open(digest)
+        except StorageError as error:
+            if error.retry or files.has(digest):
+                raise
+            raise StateError(f"run {run!r} has no frame {digest[:16]}…, or has it no more") from error
 
 
-def holder_name(certificate: bytes) -> str:
-    """The name in a certificate."""
-    return holder_of(certificate).name
+def _doing(message: SiteMessage) -> str:
+    """What a site says that it is doing, if that can be shown."""
+    try:
+        check_site_message(message)
+    except Refused:
+        return ""
+    return next((progress.note for progress in message.heartbeat.progress), "")

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import RecipeError, StateError
 
 FILE = "coordinator.yaml"
+
+
+def port_of(address: str, what: str = "address") -> int:
+    """The port of `host:port` or `[IPv6]:port`; 0 where any free one will do.
+
+    Raises:
+        ValueError: it is no address.
+    """
+    host, _, port = address.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not bare or (":" in bare and bare == host) or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{what} {address!r} is not host:port, as 0.0.0.0:8443 or [::]:8443")
+    return int(port)
+
+
+def _address(value: str) -> str:
+    port_of(value)
+    return value
+
+
+Address = Annotated[str, AfterValidator(_address)]
 
 
 class CoordinatorSettings(BaseModel):
@@ -19,13 +41,15 @@ class CoordinatorSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field("coordinator", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="Named in logs.")
-    listen: str = Field("0.0.0.0:8443", description="host:port of the services for sites and users (mutual TLS).")
-    listen_enrolment: str = Field(
+    listen: Address = Field("0.0.0.0:8443", description="host:port of the services for sites and users (mutual TLS).")
+    listen_enrolment: Address = Field(
         "0.0.0.0:8444", description="host:port of enrolment (TLS; a one-time token instead of a client certificate)."
     )
-    listen_http: str = Field("127.0.0.1:8480", description="host:port of /metrics and /healthz (plain HTTP).")
-    address: str = Field("127.0.0.1:8443", description="host:port at which sites reach the services; in every token.")
-    address_enrolment: str = Field("127.0.0.1:8444", description="host:port at which enrolment is reached.")
+    listen_http: Address = Field("127.0.0.1:8480", description="host:port of /metrics and /healthz (plain HTTP).")
+    address: Address = Field(
+        "127.0.0.1:8443", description="host:port at which sites reach the services; in every token."
+    )
+    address_enrolment: Address = Field("127.0.0.1:8444", description="host:port at which enrolment is reached.")
     database: str = Field("sqlite", description="`sqlite` (state.sqlite in this folder), or postgresql://…")
     blobs: str = Field(
         "blobs", description="A folder, relative to this one, or an fsspec URL such as s3://bucket/prefix."
@@ -70,12 +94,26 @@ def load_settings(folder: Path) -> CoordinatorSettings:
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        return CoordinatorSettings.model_validate(values)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    return checked_settings(values, str(path))
+
+
+def checked_settings(values: Mapping[str, Any], where: str) -> CoordinatorSettings:
+    """Settings from plain values, which `where` holds.
+
+    Raises:
+        RecipeError: a key or value is wrong; each is named.
+    """
+    try:
+        return CoordinatorSettings.model_validate(values)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-        raise RecipeError(f"{path}: {faults}", hint="docs/coordinator.md lists the settings") from error
+        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {_said(e['msg'])}" for e in error.errors())
+        raise RecipeError(f"{where}: {faults}", hint="docs/coordinator.md lists the settings") from error
+
+
+def _said(message: str) -> str:
+    return message.removeprefix("Value error, ")
 
 
 def settings_text(settings: CoordinatorSettings) -> str:

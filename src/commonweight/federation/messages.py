@@ -25,6 +25,7 @@ class TrainTask:
         correction: what the strategy changes in the local gradient.
         state_in, state_out: files of the site's private state before and after (SCAFFOLD's cᵢ), relative to the run's
         folder.
+        cohort: sites invited to the round; 0: not said.
     """
 
     round: int
@@ -34,6 +35,7 @@ class TrainTask:
     correction: Mapping[str, Any] = field(default_factory=lambda: {"kind": "none"})
     state_in: str | None = None
     state_out: str | None = None
+    cohort: int = 0
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,16 @@ class Record:
         for key in ("scores/base", "scores/federated"):
             scores = self.journal.get(key)
             found &= set(scores["sites"]) if scores is not None else found
-        local = {site for site in found if self.journal.get(f"control/local/{site}") is not None}
+        local = {site for site in found if self._has_local(site)}
         return tuple(site for site in self.sites.names if site in (local or found))
+
+    def _has_local(self, site: str) -> bool:
+        """Whether a site's own model was scored, on the very rows that the federated one was scored on."""
+        control, federated = self.journal.get(f"control/local/{site}"), self.journal.get("scores/federated")
+        if control is None or federated is None or site not in federated["sites"]:
+            return False
+        tokens = federated["sites"][site]["tokens"]
+        return bool(control["final"][site]["tokens"] == tokens == control["best"]["scores"]["tokens"])
 
     def metrics(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """The whole of metrics.json; `facts` are those that the journal does not know (model, machine, times,
@@ -129,7 +137,7 @@ class Record:
         """Each site's own model on its own rows: after its last round, and at its best on these very rows."""
         last, best = {}, {}
         for site in self.evaluated:
-            found = self.journal.get(f"control/local/{site}")
+            found = self.journal.get(f"control/local/{site}") if self._has_local(site) else None
             if found is not None:
                 last[site] = Scores.from_json(found["final"][site])
                 best[site] = Scores.from_json(found["best"]["scores"])
@@ -169,10 +177,12 @@ class Record:
         }
 
     def _samples(self) -> list[dict[str, Any]]:
+        """Prompts that were answered before and after; a networked site may have been away for one of them."""
         before, after = self.journal.get("samples/base"), self.journal.get("samples/federated")
         if before is None or after is None:
             return []
-        pairs = zip(before["answers"], after["answers"], strict=True)
+        later = {(answer["site"], answer["prompt"]): answer for answer in after["answers"]}
+        pairs = [(b, later.get((b["site"], b["prompt"]))) for b in before["answers"]]
         return [
             {
                 "site": b["site"],
@@ -182,6 +192,7 @@ class Record:
                 "after": a["answer"],
             }
             for b, a in pairs
+            if a is not None
         ]
 
 

@@ -105,14 +105,14 @@ class FederatedRun:
         """The round's outcomes in cohort order, kept updates in their places; then those of the round before's
         evaluation."""
         kept = self.shelf.kept(number)
-        tasks = [self._task(number, site, lr) for site in cohort]
+        tasks = [self._task(number, site, lr, len(cohort)) for site in cohort]
         todo: list[TrainTask | EvaluateTask] = [task for task in tasks if task.site not in kept]
         fresh = self.engine.run([*todo, *self.evaluation.due(number - 1)], deadline_s=self.recipe.federation.deadline_s)
         for task in tasks:
             yield self.shelf.take(task) if task.site in kept else next(fresh)
         yield from fresh
 
-    def _task(self, number: int, site: str, lr: float) -> TrainTask:
+    def _task(self, number: int, site: str, lr: float, cohort: int) -> TrainTask:
         before = self.last_answered.get(site)
         state = self.strategy.site_state
         return TrainTask(
@@ -123,6 +123,7 @@ class FederatedRun:
             correction=self.strategy.correction(),
             state_in=self.shelf.site_file(site, before) if state and before is not None else None,
             state_out=self.shelf.site_file(site, number) if state else None,
+            cohort=cohort,
         )
 
     def _hear(self, round: Round, outcome: Outcome, tally: Tally, timing: Timing) -> Round:

@@ -202,7 +202,7 @@ def _server_credentials(
     read: Callable[[], ServerIdentity | IdentityFolder], every_s: float, *, clients_show_certificates: bool
 ) -> grpc.ServerCredentials:
     enforce_tls13()
-    reader = _Reader(read, every_s, clients_show_certificates)
+    reader = _Reader(read, every_s)
     again = cast(Callable[[], grpc.ServerCertificateConfiguration], reader.again)  # its stubs forget that None is good
     return grpc.dynamic_ssl_server_credentials(reader.first, again, clients_show_certificates)
 
@@ -210,12 +210,9 @@ def _server_credentials(
 class _Reader:
     """Reads the coordinator's identity at first, and again when a handshake asks and it has changed."""
 
-    def __init__(
-        self, read: Callable[[], ServerIdentity | IdentityFolder], every_s: float, with_authority: bool
-    ) -> None:
+    def __init__(self, read: Callable[[], ServerIdentity | IdentityFolder], every_s: float) -> None:
         self._read = read
         self._every_s = every_s
-        self._with_authority = with_authority
         self._known = _parts(_checked(read(), role=COORDINATOR))
         self._read_at = time.monotonic()
         self.first = self._configuration()
@@ -237,9 +234,7 @@ class _Reader:
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
         key, certificate, authority = self._known
-        return grpc.ssl_server_certificate_configuration(
-            [(key, certificate)], authority if self._with_authority else None
-        )
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
 
 
 def _parts(identity: ServerIdentity | IdentityFolder) -> tuple[bytes, bytes, bytes]:

@@ -35,6 +35,8 @@ import grpc  # isort: skip
 
 R = TypeVar("R")
 
+#: a coordinator that has not been reached for so long is away
+_REACH_S = 8.0
 #: calls that answer at once
 _TIMEOUT_S = 60.0
 #: a transfer is tried anew so often when its connection breaks
@@ -63,9 +65,21 @@ class Client:
         return channel
 
     def __enter__(self) -> Self:
-        if needs_renewal(self.identity.holder):
-            self._renew()
+        try:
+            self._reach()
+            if needs_renewal(self.identity.holder):
+                self._renew()
+        except BaseException:
+            self._channel.close()
+            raise
         return self
+
+    def _reach(self) -> None:
+        """Wait until the coordinator is there, but not for long; if it is not, say what stood in the way."""
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=_REACH_S)
+        except grpc.FutureTimeoutError:
+            self._explained(lambda: self._control["ListRuns"](ListRunsRequest(), timeout=1.0))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

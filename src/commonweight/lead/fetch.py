@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import StateError
+from ..errors import RoundError, StateError
 from ..federation.folder import storage_errors, write_tensors
 from ..recipe.load import parse_recipe
 from .client import Client
@@ -47,3 +48,12 @@ def fetch(client: Client, which: str, folder: Path, *, adapter: bool = True) -> 
     else:
         write_tensors(folder / "theta.safetensors", {"theta": theta})
     return run
+
+
+def check_end(run: Mapping[str, Any]) -> None:
+    """Raises RoundError: a run (as `Client.run` gives it) has ended without a result, and why."""
+    which = f"run {run['id'][:8]} ({run['name']})"
+    if run["state"] == "failed":
+        raise RoundError(f"{which} failed: {run['error']}", hint=run["hint"] or "")
+    if run["state"] == "cancelled":
+        raise RoundError(f"{which} was cancelled by {run['cancelled_by']}", hint="submit it again for another one")

@@ -28,11 +28,23 @@ class Prepared:
 
     Args:
         tensors: the initial global tensors, channel `theta`.
+        model: digest of the base weights, as sites' policies name it.
     """
 
     signed: SignedJob
     tensors: Mapping[str, NamedTensors]
     frame: Frame
+    model: str
+
+
+def networked(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe as it can be carried out over a network, and a sentence for each thing that is left out."""
+    controls = recipe.evaluation.controls
+    if "centralised" not in controls:
+        return recipe, []
+    evaluation = recipe.evaluation.model_copy(update={"controls": [c for c in controls if c != "centralised"]})
+    said = "evaluation.controls: centralised is left out: over a network no one has all the data to pool"
+    return recipe.model_copy(update={"evaluation": evaluation}), [said]
 
 
 def model_bench(recipe: Recipe) -> Bench:
@@ -82,7 +94,7 @@ def prepare(
         initial=frame.header,
         submitted_at=time.time(),
     )
-    return Prepared(sign(job, identity), tensors, frame)
+    return Prepared(sign(job, identity), tensors, frame, bench.base_digest)
 
 
 def sign(job: Job, identity: IdentityFolder) -> SignedJob:

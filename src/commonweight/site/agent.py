@@ -32,11 +32,11 @@ from ..model.tensors import NamedTensors
 from ..train.local import Cancelled
 from ..wire import protocol_pb2 as pb
 from ..wire.frames import Channel, frame_of, plan_for
-from ..wire.manifest import DIGEST, RUN, TASK
+from ..wire.messages import JSON_BYTES, parse_json
 from ..wire.refusals import Refused
-from ..wire.service import MAX_MESSAGE_BYTES, PROTOCOL_MAX, PROTOCOL_MIN
+from ..wire.service import PROTOCOL_MAX, PROTOCOL_MIN
 from .audit import SiteAudit
-from .gate import ANSWERS, KINDS, STATES, Alarm, Gate, KnownJob, task_of
+from .gate import ANSWERS, STATES, Alarm, Gate, KnownJob, task_of
 from .inbox import Inbox
 from .link import Backoff, Link, OpenChannel, Session, calling, dial
 from .log import Log, SiteLog
@@ -49,9 +49,10 @@ from .workshop import Work, Workshop, reason_for_others
 
 #: work that took longer is kept on disk before it is sent; cheaper work is done again
 KEEP_AFTER_S = 1.0
-#: what a JSON answer may take of a message
-_MAX_RESULT_BYTES = MAX_MESSAGE_BYTES - (1 << 20)
-_MAX_REASON = 2000
+#: text that goes to the coordinator is cut here
+_MAX_TEXT = 2000
+#: an attempt to renew the certificate that failed is repeated after so long
+_RENEW_AGAIN_S = 60.0
 
 T = TypeVar("T")
 
@@ -64,6 +65,7 @@ class _Item:
         number: order of arrival.
         cancelled: nobody wants it any more, or the agent stops.
         withdrawn: the coordinator wants it no more.
+        settling: nothing is left to do but to hear or tell how it ended.
         parked: waits for a person, until the next heartbeat.
         note: how it is going, for the coordinator.
     """
@@ -72,6 +74,7 @@ class _Item:
     number: int
     cancelled: bool = False
     withdrawn: bool = False
+    settling: bool = False
     parked: bool = False
     asked: bool = False
     note: str = ""
@@ -82,6 +85,9 @@ class _Item:
 
     def tell(self, note: str) -> None:
         self.note = note
+
+    def settle(self, settling: bool) -> None:
+        self.settling = settling
 
 
 @dataclass
@@ -99,7 +105,7 @@ class _Hand:
 
     items: dict[str, _Item] = field(default_factory=dict)
     answers: dict[str, _Answer] = field(default_factory=dict)
-    running: tuple[_Item, asyncio.Task[None]] | None = None
+    running: tuple[_Item, asyncio.Task[bool]] | None = None
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def next(self) -> _Item | None:
@@ -141,7 +147,8 @@ class Agent:
     ) -> None:
         folder = policy_file.path.parent
         self.settings, self.identity, self.workshop = settings, identity, workshop
-        self.log: Log = log or SiteLog(folder / "log.jsonl")
+        self._own_log = log is None
+        self.log: Log = log if log is not None else SiteLog(folder / "log.jsonl")
         self.gate = Gate(folder, lambda: self.identity, policy_file, records, audit, self.log, to=settings.address)
         self.keep_after_s = keep_after_s
         self._own_executor = executor is None
@@ -154,7 +161,7 @@ class Agent:
         self._numbers = itertools.count()
         self._heads: asyncio.Queue[tuple[pb.AuditHead, bytes]] = asyncio.Queue()
         self._chores: set[asyncio.Task[None]] = set()
-        self._renewing = False
+        self._renew_after = 0.0
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -170,7 +177,8 @@ class Agent:
             AccessError: the coordinator will not have this site, or did what an honest one does not (`Alarm`).
         """
         self._loop = loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
+        numbers = (signal.SIGTERM, signal.SIGINT) if signals else ()
+        for number in numbers:
             loop.add_signal_handler(number, self.stop)
         parts = [asyncio.create_task(part) for part in (self.link.run(), self._work(), self._keep_heads())]
         stopping = asyncio.create_task(self._stop.wait())
@@ -185,10 +193,12 @@ class Agent:
             raise
         finally:
             await _cancelled(stopping, *self._chores, *parts)
+            for number in numbers:
+                loop.remove_signal_handler(number)
             if self._own_executor:
                 self._executor.shutdown(wait=False)
             self.log("stopped", site=self.settings.name)
-            if isinstance(self.log, SiteLog):
+            if self._own_log and isinstance(self.log, SiteLog):
                 self.log.close()
 
     def stop(self) -> None:
@@ -233,13 +243,13 @@ class Agent:
         for item in self._hand.items.values():
             item.parked = False
         self._hand.wake.set()
-        if not self._renewing and needs_renewal(self.identity.holder, time.time()):
-            self._renewing = True
+        if time.monotonic() > self._renew_after and needs_renewal(self.identity.holder):
+            self._renew_after = time.monotonic() + _RENEW_AGAIN_S
             self._do(self._renew())
         running = self._hand.running
         if running is None or not running[0].note:
             return pb.Heartbeat()
-        return pb.Heartbeat(progress=[pb.Progress(task=running[0].task.id, note=running[0].note[:_MAX_REASON])])
+        return pb.Heartbeat(progress=[pb.Progress(task=running[0].task.id, note=_plain(running[0].note))])
 
     def delivered(self, task: str) -> None:
         self._hand.answers.pop(task, None)
@@ -252,9 +262,6 @@ class Agent:
         if task.id in self._hand.answers:
             self._do(self._deliver(self._hand.answers[task.id]))
             return
-        if not TASK.fullmatch(task.id) or not RUN.fullmatch(task.run) or task.kind not in KINDS:
-            self.log("task.ignored", task=task.id[:128], reason="its id, its run or its kind makes no sense")
-            return
         self.log("task.offered", task=task.id, run=task.run, round=task.round, kind=task.kind)
         self._hand.items[task.id] = _Item(task, next(self._numbers))
         self._hand.wake.set()
@@ -262,7 +269,7 @@ class Agent:
     def _withdraw(self, task: str, reason: str) -> None:
         self._hand.answers.pop(task, None)
         item = self._hand.items.get(task)
-        if item is None or item.withdrawn:
+        if item is None or item.withdrawn or item.settling:  # one that is as good as over ends by itself
             return
         self.log("task.withdrawn", task=task, run=item.task.run, reason=reason)
         item.withdrawn = item.cancelled = True
@@ -274,14 +281,12 @@ class Agent:
             self._do(self._forget_task(item))
 
     def _run_ended(self, run: str, state: str) -> None:
-        if not RUN.fullmatch(run):
-            return
-        self.log("run.ended", run=run, state=state)
         for item in self._hand.of_run(run):
+            item.settling = False
             self._withdraw(item.task.id, "the run has ended")
         for answer in [a for a in self._hand.answers.values() if a.task.run == run]:
             self.delivered(answer.task.id)
-        self._do(self._forget_run(run))
+        self._do(self._forget_run(run, state))
 
     async def _forget_task(self, item: _Item) -> None:
         """What a withdrawn task leaves is deleted."""
@@ -290,7 +295,11 @@ class Agent:
         if record is not None and record.state == "taken":
             await asyncio.to_thread(self.gate.end, item.task, "withdrawn")
 
-    async def _forget_run(self, run: str) -> None:
+    async def _forget_run(self, run: str, state: str) -> None:
+        """A coordinator names the runs that have ended at each connection: only the first time is news."""
+        if not await asyncio.to_thread(self.gate.goes_on, run):
+            return
+        self.log("run.ended", run=run, state=state)
         await asyncio.to_thread(self.workshop.forget, run)  # work under way for it stops within a step
         running = self._hand.running
         if running is not None and running[0].task.run == run:
@@ -316,21 +325,20 @@ class Agent:
                 item.cancelled = item.cancelled or not job.done()
                 await _cancelled(job)
                 self._hand.running = None
-            if not item.parked or item.withdrawn:
+            item.parked = not job.cancelled() and not job.result() and not item.withdrawn
+            if not item.parked:
                 self._hand.items.pop(item.task.id, None)
             if item.withdrawn:
                 await self._forget_task(item)
-            if not job.cancelled():
-                job.result()
 
-    async def _carry_out(self, item: _Item) -> None:
-        """One task to its end, or until a person must be asked. Whatever goes wrong becomes its answer.
+    async def _carry_out(self, item: _Item) -> bool:
+        """One task to its end, or False: a person must be asked first. Whatever goes wrong becomes its answer.
 
         Raises:
             Alarm: the agent must end.
         """
         try:
-            await self._attempt(item)
+            return await self._attempt(item)
         except Alarm as alarm:
             await self._raise_alarm(alarm)
         except (PolicyError, AccessError) as refused:
@@ -346,8 +354,9 @@ class Agent:
         except Exception as error:  # its words may quote rows: they stay here
             self.log("task.trouble", task=item.task.id, reason=f"{type(error).__name__}: {error}")
             await self._end(item, "failed", reason=f"{type(error).__name__} at the site; its own log says more")
+        return True
 
-    async def _attempt(self, item: _Item) -> None:
+    async def _attempt(self, item: _Item) -> bool:
         task = item.task
         before = await asyncio.to_thread(self.gate.before, task.id)
         if before is not None:
@@ -356,14 +365,14 @@ class Agent:
                 task=task.id, state=STATES.get(before.state, pb.TaskReply.FAILED), reason=reason, result=before.result
             )
             await self._answer(_Answer(task, reply, ANSWERS.get(task.kind, "") if before.result else ""))
-            return
+            return True
         known = await self._job(task.run)
         decision = await asyncio.to_thread(self.gate.decide, known, task)
         if not decision.allowed:
             raise PolicyError(f"this site's policy does not allow it: {decision.text}")
         if decision.needs_approval:
-            self._park(item, known)
-            return
+            self._tell_of_approval(item, known)
+            return False
         await asyncio.to_thread(self.gate.take, task)
         self.link.send(pb.SiteMessage(reply=pb.TaskReply(task=task.id, state=pb.TaskReply.TAKEN)))
         self.log("task.taken", task=task.id, run=task.run, round=task.round, kind=task.kind)
@@ -371,9 +380,9 @@ class Agent:
             await self._train(item, known)
         else:
             await self._reply(item, known, decision.withheld)
+        return True
 
-    def _park(self, item: _Item, known: KnownJob) -> None:
-        item.parked = True
+    def _tell_of_approval(self, item: _Item, known: KnownJob) -> None:
         if not item.asked:
             hint = f"commonweight site approve {item.task.run}"
             self.log("approval.needed", run=item.task.run, reason=known.facts.summary(), hint=hint)
@@ -400,12 +409,12 @@ class Agent:
         if task.kind == "join":
             result: Mapping[str, Any] = await self._do_work(item, lambda: self.workshop.join(known.job, item.tell))
         else:
-            body, base = task_of(task, _parsed(task)), await self._base(item, known)
+            body, base = task_of(task, parse_json(task.body)), await self._base(item, known)
             result = await self._do_work(item, lambda: self._answered(item, body, base))
         shared = await asyncio.to_thread(self.gate.shareable, task.kind, result)
         content = json.dumps(shared).encode()
-        if len(content) > _MAX_RESULT_BYTES:
-            raise SiteError(f"the answer takes {len(content):,} bytes, more than the {_MAX_RESULT_BYTES:,} that fit")
+        if len(content) > JSON_BYTES:
+            raise SiteError(f"the answer takes {len(content):,} bytes, more than the {JSON_BYTES:,} that fit")
         if task.kind == "join":
             await asyncio.to_thread(self.gate.joined, task.run)
             self.log("joined", run=task.run, withheld=list(withheld))
@@ -415,7 +424,7 @@ class Agent:
         return self.workshop.answer(item.task.run, body, base, cancelled=lambda: item.cancelled, progress=item.tell)
 
     async def _train(self, item: _Item, known: KnownJob) -> None:
-        task, body = item.task, task_of(item.task, _parsed(item.task))
+        task, body = item.task, task_of(item.task, parse_json(item.task.body))
         site = self.identity.holder.name
         parcel = await asyncio.to_thread(self.outbox.find, task.run, task.id, base=task.base, site=site)
         if parcel is None:
@@ -436,8 +445,9 @@ class Agent:
             progress=item.tell,
             base_digest=task.base,
         )
+        took = time.monotonic() - began
         parcel = self._parcel(task, known, work)
-        if time.monotonic() - began > self.keep_after_s and not item.withdrawn:
+        if took > self.keep_after_s and not item.withdrawn:
             self.outbox.keep(task.run, task.id, parcel)
         return parcel
 
@@ -472,7 +482,7 @@ class Agent:
         signature = self.identity.signing_key.sign(UPDATE, parcel.manifest)
         signed = pb.SignedManifest(manifest=parcel.manifest, signature=signature)
         try:
-            status = await self.transfer.push(signed, parcel, leaving)
+            status = await self.transfer.push(signed, parcel, leaving, settling=item.settle)
         except (CommonweightError, OSError):
             await asyncio.to_thread(self.outbox.delete, task.run, task.id)
             raise
@@ -488,10 +498,6 @@ class Agent:
 
     async def _base(self, item: _Item, known: KnownJob) -> dict[str, NamedTensors]:
         task = item.task
-        if not task.base and task.kind != "train":
-            return {}
-        if not DIGEST.fullmatch(task.base):
-            raise SiteError(f"the task {task.id} names no digest of tensors to start from")
         item.note = "fetching the global tensors"
 
         def wanted() -> set[str]:
@@ -518,7 +524,8 @@ class Agent:
 
     async def _end(self, item: _Item, state: str, *, reason: str = "", result: bytes = b"", what: str = "") -> None:
         """Write down how a task ended, then tell."""
-        task, reason = item.task, reason[:_MAX_REASON]
+        item.settling = True
+        task, reason = item.task, _plain(reason)
         self.log(f"task.{state}", task=task.id, run=task.run, round=task.round, kind=task.kind, reason=reason)
         try:
             await asyncio.to_thread(lambda: self.gate.end(task, state, reason=reason, result=result))
@@ -538,10 +545,10 @@ class Agent:
         if answer.what:
             try:
                 await asyncio.to_thread(self._count, answer)
-            except (PolicyError, AccessError) as error:
+            except PolicyError as error:
                 task = answer.task.id
                 self.log("task.withheld", task=task, run=answer.task.run, reason=error.message)
-                reply = pb.TaskReply(task=task, state=pb.TaskReply.REFUSED, reason=error.message)
+                reply = pb.TaskReply(task=task, state=pb.TaskReply.REFUSED, reason=_plain(error.message))
                 answer = self._hand.answers[task] = _Answer(answer.task, reply)
         self.link.send(pb.SiteMessage(reply=answer.reply))
 
@@ -583,17 +590,13 @@ class Agent:
 
     async def _renew(self) -> None:
         """Get the next certificate, and go on with it."""
-        session = self.link.current
-        try:
-            if session is not None:
-                request = await asyncio.to_thread(self.identity.request)
-                with calling():
-                    reply = await session.federation["Renew"](pb.RenewRequest(csr=request))
-                self.identity = await asyncio.to_thread(self.identity.write_certificate, reply.certificate)
-                self.log("renewed", until=self.identity.holder.not_after)
-                self.link.reconnect()
-        finally:
-            self._renewing = False
+        session = await self.link.session()
+        request = await asyncio.to_thread(self.identity.request)
+        with calling():
+            reply = await session.federation["Renew"](pb.RenewRequest(csr=request))
+        self.identity = await asyncio.to_thread(self.identity.write_certificate, reply.certificate)
+        self.log("renewed", until=self.identity.holder.not_after)
+        self.link.reconnect()
 
     # ---- chores beside the work
 
@@ -617,14 +620,9 @@ async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _parsed(task: pb.Task) -> dict[str, Any]:
-    try:
-        fields = json.loads(task.body)
-    except ValueError:
-        fields = None
-    if not isinstance(fields, dict):
-        raise SiteError(f"the body of task {task.id} is no JSON object")
-    return fields
+def _plain(text: str) -> str:
+    """Text as the coordinator will take it: no control characters, and not without end."""
+    return "".join(c if c.isprintable() else " " for c in text[:_MAX_TEXT])
 
 
 def _told(error: CommonweightError) -> str:

@@ -7,6 +7,7 @@ it blocks (it reads and writes files): the agent calls it beside the event loop.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from ..recipe.source import read_source
 from ..wire import protocol_pb2 as pb
 from ..wire.decode import decode
 from ..wire.frames import parse_header
+from ..wire.messages import parse_job
 from ..wire.refusals import Refused
 from .audit import SiteAudit
 from .log import Log
@@ -49,8 +51,6 @@ ANSWERS = {"join": "facts", "evaluate": "scores", "chain": "scores", "sample": "
 KINDS = ("train", *ANSWERS)
 #: how a task ended, as its reply says it
 STATES = {"done": pb.TaskReply.DONE, "refused": pb.TaskReply.REFUSED, "failed": pb.TaskReply.FAILED}
-
-_MAX_RECIPE_CHARACTERS = 1 << 20
 
 
 class Alarm(AccessError):
@@ -125,7 +125,7 @@ class Gate:
         return known
 
     def _verified(self, run: str, signed: pb.SignedJob) -> KnownJob:
-        job = decode(pb.Job, signed.job, strict=True)
+        job = parse_job(signed)
         # a run outlives certificates: the signer's must have been good when the job was submitted
         holder = verify_certificate(signed.certificate, self._identity().authority, at=job.submitted_at)
         if holder.role not in SIGNING_ROLES:
@@ -140,11 +140,15 @@ class Gate:
     def joined(self, run: str) -> None:
         self.records.set_job(run, "joined")
 
+    def goes_on(self, run: str) -> bool:
+        """Whether this site knows of a run, and not yet of its end."""
+        record = self.records.job(run)
+        return record is not None and record.state != "ended"
+
     def ended(self, run: str, keep: int) -> list[str]:
-        """A run has ended; deletes folders of ended runs but for the `keep` latest, and returns whose."""
+        """A run that this site knew has ended. Folders of ended runs go, but for the `keep` latest; returns whose."""
         self._jobs.pop(run, None)
-        if self.records.job(run) is not None:
-            self.records.set_job(run, "ended")
+        self.records.set_job(run, "ended")
         gone = self.records.runs_to_forget(keep)
         for old in gone:
             shutil.rmtree(self.folder / "runs" / old, ignore_errors=True)
@@ -165,7 +169,8 @@ class Gate:
             PolicyError: there is no policy.
         """
         spent = self.records.spent(task.run, task.round)
-        decision = decide_task(self.policy(), known.facts, task.kind, task.round, None, spent)
+        cohort = _cohort(task) if task.kind == "train" else None
+        decision = decide_task(self.policy(), known.facts, task.kind, task.round, cohort, spent)
         if decision.needs_approval:
             self.records.ask(task.run, known.facts.summary())
         return decision
@@ -207,13 +212,13 @@ class Gate:
         """The policy of the moment.
 
         Raises:
-            PolicyError: it cannot be used; why, only this site's log says.
+            PolicyError: it cannot be used.
         """
         try:
             return self._policy_file.current()
         except PolicyError as error:
             self.log("policy.unusable", reason=error.message, hint=error.hint)
-            raise PolicyError("this site's policy cannot be used; until that is mended it denies everything") from error
+            raise
 
     def shareable(self, kind: str, result: Mapping[str, Any]) -> dict[str, Any]:
         """An answer, reduced to what the policy lets leave.
@@ -294,8 +299,6 @@ class Gate:
 
 
 def _facts(job: pb.Job, holder: Holder) -> JobFacts:
-    if len(job.recipe) > _MAX_RECIPE_CHARACTERS:
-        raise SiteError("the job's recipe is larger than 1 MiB: this is no recipe")
     return JobFacts.of(
         validate(Recipe, read_source(job.recipe, "the job's recipe")),
         run=job.id,
@@ -316,6 +319,15 @@ _BODIES: dict[str, type[TrainTask | EvaluateTask | ChainTask | SampleTask]] = {
     "chain": ChainTask,
     "sample": SampleTask,
 }
+
+
+def _cohort(task: pb.Task) -> int | None:
+    """How many sites the coordinator says it has invited to the round; None if it does not say."""
+    try:
+        size = json.loads(task.body).get("cohort")
+    except (ValueError, AttributeError, RecursionError):
+        return None  # no task at all; it fails where it is read
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def task_of(task: pb.Task, fields: Mapping[str, Any]) -> Task:

@@ -26,8 +26,19 @@ import grpc.aio
 
 from ..errors import AccessError, CommonweightError, SiteError, UnreachableError
 from ..wire import protocol_pb2 as pb
+from ..wire.messages import check_coordinator_message, parse_json
 from ..wire.refusals import Refusal, Refused
-from ..wire.service import CODE_KEY, FEDERATION, HINT_KEY, PROTOCOL_MAX, PROTOCOL_MIN, TRANSFER, channel_options, stub
+from ..wire.service import (
+    CERTIFICATE_KEY,
+    CODE_KEY,
+    FEDERATION,
+    HINT_KEY,
+    PROTOCOL_MAX,
+    PROTOCOL_MIN,
+    TRANSFER,
+    channel_options,
+    stub,
+)
 from .log import Log
 
 WELCOME_S = 10.0
@@ -44,9 +55,6 @@ _FINAL = {
     grpc.StatusCode.OUT_OF_RANGE,
     grpc.StatusCode.UNIMPLEMENTED,
 }
-#: metadata with which `Attend` begins its answer: the coordinator's certificate, PEM, whose key signs audit heads
-CERTIFICATE_KEY = "commonweight-certificate-bin"
-
 _ACCESS = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 
 #: what a stream's `read` gives at its end
@@ -85,17 +93,26 @@ class Backoff:
 
 def problem(error: grpc.aio.AioRpcError) -> CommonweightError:
     """What a failed call means: UnreachableError may be tried again, every other kind is final."""
-    code, details = error.code(), error.details() or ""
+    code, text = error.code(), error.details() or error.code().name
     trailing: Any = error.trailing_metadata() or ()
     metadata = {str(key): value for key, value in trailing}
-    hint = str(metadata.get(HINT_KEY, ""))
+    details = _details(metadata.get(HINT_KEY + "-bin", b""))
+    hint = str(details.get("hint", ""))
     if metadata.get(CODE_KEY) in set(Refusal):
-        return Refused(Refusal(metadata[CODE_KEY]), details, hint=hint)
+        return Refused(Refusal(metadata[CODE_KEY]), text, hint=hint)
     if code in _ACCESS:
-        return AccessError(details or f"the coordinator refused this site ({code.name})", hint=hint)
-    if code in _FINAL:
-        return SiteError(f"the coordinator answered: {details or code.name}", hint=hint)
-    return UnreachableError(f"{code.name}: {details}" if details else code.name, hint=hint, retry=True)
+        return AccessError(text, hint=hint)
+    if code in _FINAL and details.get("retry") is not True:
+        return SiteError(f"the coordinator answered: {text}", hint=hint)
+    return UnreachableError(f"{code.name}: {text}", hint=hint, retry=True)
+
+
+def _details(raw: Any) -> dict[str, Any]:
+    """What a coordinator says about an error beside its message: kind, hint, retry."""
+    try:
+        return parse_json(raw, max_bytes=1 << 16) if isinstance(raw, bytes) else {}
+    except Refused:
+        return {}
 
 
 @contextmanager
@@ -156,9 +173,8 @@ class Session:
 
     @property
     def heartbeat_s(self) -> float:
-        """Seconds between heartbeats: the coordinator's wish, within reason."""
-        asked = self.welcome.heartbeat_s
-        return asked if 0.01 <= asked <= 3600 else 10.0
+        """Seconds between heartbeats: the coordinator's wish, but for what would be a flood."""
+        return max(self.welcome.heartbeat_s, 0.01)
 
     def send(self, message: pb.SiteMessage) -> None:
         self.outgoing.put_nowait(message)
@@ -269,6 +285,10 @@ class Link:
             message = await call.read()
         if message is END:
             raise await _ended(call)
+        try:
+            check_coordinator_message(message)
+        except Refused as refused:
+            raise UnreachableError(f"the coordinator began with {refused.message}", retry=True) from refused
         if message.HasField("bye"):
             _heed(message.bye)
         if not message.HasField("welcome"):
@@ -294,13 +314,21 @@ class Link:
                 return f"nothing heard for {patience:g} s"
             if message is END:
                 raise await _ended(call)
-            if message.HasField("bye"):
-                _heed(message.bye)
-            if message.HasField("heartbeat"):
-                for task in session.answered():
-                    self._attendant.delivered(task)
-            else:
-                self._attendant.heard(message)
+            try:
+                check_coordinator_message(message)
+            except Refused as refused:
+                self._log("message.ignored", code=str(refused.code), reason=refused.message)
+                continue
+            self._take(message, session)
+
+    def _take(self, message: pb.CoordinatorMessage, session: Session) -> None:
+        if message.HasField("bye"):
+            _heed(message.bye)
+        if message.HasField("heartbeat"):
+            for task in session.answered():
+                self._attendant.delivered(task)
+        else:
+            self._attendant.heard(message)
 
     async def _write(self, call: Any, session: Session) -> None:
         loop, period = asyncio.get_running_loop(), session.heartbeat_s

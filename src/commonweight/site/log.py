@@ -22,7 +22,8 @@ _TEXT_AT_MOST = 300
 class SiteLog:
     """Appends events to a file, and tells them on stderr. May be called from any thread.
 
-    Each line is an object with `t` (seconds since the epoch), `event`, and the event's own fields.
+    Each line is an object with `t` (seconds since the epoch), `event`, and the event's own fields. A disk that is full
+    must not end the site's work: what cannot be written is told on stderr.
 
     Args:
         path: the file, made if need be.
@@ -38,8 +39,11 @@ class SiteLog:
 
     def __call__(self, event: str, **fields: Any) -> None:
         line = json.dumps({"t": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False, default=str)
-        with self._lock, storage_errors(self.path):
-            self._file.write(line + "\n")
+        try:
+            with self._lock:
+                self._file.write(line + "\n")
+        except OSError as error:
+            print(f"{self.path} cannot be written ({error.strerror}): {line}", file=sys.stderr, flush=True)
         if not self.quiet:
             print(told(event, fields), file=sys.stderr, flush=True)
 

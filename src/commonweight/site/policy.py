@@ -197,7 +197,7 @@ class PolicyFile:
                     raise _denied("this site's policy can be written by every user", f"chmod o-w {self.path}")
                 return file.read()
         except FileNotFoundError:
-            hint = f"{self.path} is missing; `commonweight site init` writes one to start from"
+            hint = f"{self.path} is missing; docs/site.md has one to start from"
             raise _denied("this site has no policy", hint) from None
         except OSError as error:
             what = f"this site's policy cannot be read: {error.strerror}"

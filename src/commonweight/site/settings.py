@@ -154,7 +154,7 @@ def read_section(model: type[M], path: Path) -> M:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise RecipeError(f"there is no {path}", hint="`commonweight site init` writes one to start from") from None
+        raise RecipeError(f"there is no {path}", hint="`commonweight site join` writes one to start from") from None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from None
     return parse_section(model, raw, path)
@@ -173,7 +173,7 @@ def parse_section(model: type[M], raw: bytes, path: Path) -> M:
         source = read_source(text, path.name)
     except RecipeError as error:
         about_recipes = "recipe" in error.hint or "commonweight init" in error.hint
-        hint = "it is lines of `field: value`; `commonweight site init` writes one to start from"
+        hint = "it is lines of `field: value`; `commonweight site join` writes one to start from"
         raise RecipeError(error.message, hint=hint if about_recipes else error.hint) from None
     return validate(model, source)
 

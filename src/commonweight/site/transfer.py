@@ -29,6 +29,8 @@ STALL_S = 60.0
 TRIES = 3
 #: work on more bytes than this is done beside the event loop
 _ASIDE_BYTES = 1 << 18
+#: an update of fewer bytes is counted as a whole before it is even offered
+_SMALL_BYTES = 1 << 20
 
 _DAMAGE = "the network or a disk between here and the coordinator changes data"
 
@@ -87,7 +89,7 @@ class Transfer:
         Args:
             digest: the frame's, in hex.
             layout: what its tensors must be, by the signed job.
-            wanted: digests that other tasks in hand name; their frames are not deleted when this one is complete.
+            wanted: digests that other tasks in hand name; their frames are not written over, nor deleted.
 
         Raises:
             SiteError: it is another frame than asked for, its tensors are not the job's, or a chunk came broken
@@ -102,14 +104,21 @@ class Transfer:
         while arrival is None or arrival.first_missing() is not None:
             session = await self._link.session()
             try:
-                arrival = await self._fetch_some(session, run, digest, arrival, layout, course)
+                arrival = await self._fetch_some(session, run, digest, arrival, layout, course, wanted)
             except (UnreachableError, TimeoutError) as error:
                 arrival = arrival or await asyncio.to_thread(self._inbox.resume, run, digest)
                 await course.wait(error)
         return self._inbox.finish(run, round, arrival, wanted=wanted())
 
     async def _fetch_some(
-        self, session: Session, run: str, digest: str, arrival: Arrival | None, layout: Layout, course: _Course
+        self,
+        session: Session,
+        run: str,
+        digest: str,
+        arrival: Arrival | None,
+        layout: Layout,
+        course: _Course,
+        wanted: Callable[[], Iterable[str]],
     ) -> Arrival:
         """One call: chunks from the first missing one on, up to one that is here or came broken."""
         first = 0 if arrival is None else arrival.first_missing() or 0
@@ -119,7 +128,7 @@ class Transfer:
             if header_digest(header) != digest:
                 raise SiteError(f"the coordinator sent another frame than {digest[:12]}, which was asked for")
             if arrival is None:
-                arrival = self._inbox.begin(run, _frame(header, layout))
+                arrival = self._inbox.begin(run, _frame(header, layout), wanted=wanted())
             for index in range(first, len(arrival.held)):
                 if arrival.held[index]:
                     return arrival
@@ -132,35 +141,42 @@ class Transfer:
         finally:
             call.cancel()
 
-    async def push(self, signed: pb.SignedManifest, parcel: Parcel, leaving: Leaving) -> pb.UploadStatus:
+    async def push(
+        self,
+        signed: pb.SignedManifest,
+        parcel: Parcel,
+        leaving: Leaving,
+        *,
+        settling: Callable[[bool], None] = lambda _: None,
+    ) -> pb.UploadStatus:
         """Send an update until it is accepted or refused.
 
         Args:
             leaving: told before they are sent how many bytes and chunks are; what it raises ends the push.
+            settling: told True when everything is sent and only the verdict is awaited, False when it is not so.
 
         Raises:
-            SiteError: a chunk came through broken three times, or the coordinator's answer makes no sense.
+            SiteError: a chunk came through broken three times, or the coordinator asks for one that there is not.
             Refused: the coordinator will not hear of it.
         """
         course = _Course(self._log, {"frame": parcel.frame.digest[:12]})
-        push = _Push(parcel, leaving, course)
-        await leaving(len(parcel.manifest), 0)
+        push = _Push(parcel, leaving, settling, course)
+        await push.count_manifest()
         while True:
             session = await self._link.session()
             try:
                 with calling():
                     status: pb.UploadStatus = await session.federation["OpenUpload"](signed)
                 if status.state == pb.UploadStatus.OPEN:
-                    push.count_broken(status.missing)
                     status = await push.send(session, status)
             except (UnreachableError, TimeoutError) as error:
-                push.whole = False
+                settling(False)
                 await course.wait(error)
                 continue
             if status.state in (pb.UploadStatus.ACCEPTED, pb.UploadStatus.REFUSED):
                 return status
             if status.state != pb.UploadStatus.OPEN:
-                raise SiteError("the coordinator says neither that it has the update nor what it misses")
+                await course.wait(UnreachableError(status.reason or "the coordinator does not know the upload"))
 
 
 @dataclass
@@ -169,44 +185,64 @@ class _Push:
 
     Args:
         counted: chunks whose bytes `leaving` was told of, and that have not been sent since.
-        whole: whether the last call came to its end, so that what is missing after it came through broken.
     """
 
     parcel: Parcel
     leaving: Leaving
+    settling: Callable[[bool], None]
     course: _Course
     counted: set[int] = field(default_factory=set)
-    whole: bool = False
 
-    def count_broken(self, missing: Iterable[int]) -> None:
-        if self.whole:
-            for index in missing:
-                self.course.count_broken(index, _DAMAGE)
+    async def count_manifest(self) -> None:
+        """Tell of the manifest; a small update is told of with it, for that is a disk's wait less."""
+        plan, small = self.parcel.frame.plan, self.parcel.frame.plan.num_bytes <= _SMALL_BYTES
+        self.counted = set(range(plan.num_chunks)) if small else set()
+        await self.leaving(len(self.parcel.manifest) + small * plan.num_bytes, len(self.counted))
 
     async def send(self, session: Session, status: pb.UploadStatus) -> pb.UploadStatus:
         """One call: the chunks that are missing, in the order in which they were asked for."""
         await self._count(status.missing)
-        self.whole = False
+        self.settling(False)
+        sent: list[int] = []
         call = session.transfer["Push"](metadata=((UPLOAD_KEY, status.upload),))
         try:
             for index in status.missing:
-                piece = self.parcel.frame.plan.pieces[index]
-                message = await aside(piece.num_bytes, pack_chunk, index, piece_of(self.parcel.tensors, piece))
-                if call.done():  # the coordinator has answered early: it needs no more
+                if not await self._send_chunk(call, index):
                     break
-                self.counted.discard(index)
-                async with asyncio.timeout(STALL_S):
-                    with calling():
-                        await call.write(message)
-                self.course.moved()
-            else:
-                self.whole = True
+                sent.append(index)
+            self.settling(len(sent) == len(status.missing))
             with calling():
                 if not call.done():
                     await call.done_writing()
-                return await call  # type: ignore[no-any-return]
+                after: pb.UploadStatus = await call
         finally:
             call.cancel()
+        self._note_broken(sent, set(after.missing))
+        return after
+
+    async def _send_chunk(self, call: Any, index: int) -> bool:
+        """False: the coordinator has answered early, and takes no more in this call."""
+        piece = self.parcel.frame.plan.pieces[index]
+        message = await aside(piece.num_bytes, pack_chunk, index, piece_of(self.parcel.tensors, piece))
+        if call.done():
+            return False
+        self.counted.discard(index)
+        try:
+            async with asyncio.timeout(STALL_S):
+                with calling():
+                    await call.write(message)
+        except UnreachableError:
+            if call.done():  # what it answered, the call itself will tell
+                return False
+            raise
+        self.course.moved()
+        return True
+
+    def _note_broken(self, sent: list[int], missing: set[int]) -> None:
+        """Chunks are taken in order: the first of those sent that is missing still came through broken."""
+        broken = next((index for index in sent if index in missing), None)
+        if broken is not None:
+            self.course.count_broken(broken, _DAMAGE)
 
     async def _count(self, missing: Iterable[int]) -> None:
         """Tell of what is about to leave: a chunk that is sent again counts again."""

@@ -48,6 +48,7 @@ LONGEST_S = 366 * 86400.0
 # no control characters but line ends and tabs, none that turn the direction of writing
 _HARMLESS = "[^\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
 _LINE = re.compile("[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]{0,200}")
+_NOTE = re.compile(_HARMLESS + "{0,2000}")
 _REASON = re.compile(_HARMLESS + "{0,8000}")
 _VALUE = re.compile(_HARMLESS + "{0,16384}")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _./-]{0,63}")
@@ -148,7 +149,7 @@ def _check_heartbeat(heartbeat: Heartbeat) -> None:
         raise _too_large("the number of tasks in progress", len(heartbeat.progress), MAX_TASKS)
     for progress in heartbeat.progress:
         check_text("the id of a task in progress", progress.task, TASK)
-        check_text("a task's progress", progress.note, _LINE)
+        check_text("a task's progress", progress.note, _NOTE)
 
 
 def _check_reply(reply: TaskReply) -> None:
