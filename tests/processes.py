@@ -40,7 +40,11 @@ PLACES: dict[str, list[tuple[str, str | None, str]]] = {
     "forget_before": [("federation.folder", "RunFolder", "forget_before")],
     "forget": [("federation.shelf", "FolderShelf", "forget")],
     "write_state": [("federation.global_model", "MemoryModel", "_write")],
-    "write_tensors": [("federation.global_model", None, "write_tensors"), ("federation.shelf", None, "write_tensors"), ("engines.hand", None, "write_tensors")],
+    "write_tensors": [
+        ("federation.global_model", None, "write_tensors"),
+        ("federation.shelf", None, "write_tensors"),
+        ("engines.hand", None, "write_tensors"),
+    ],
     "fold.add": [("strategies.base", "WeightedSum", "add")],
     "round": [("federation.run", "FederatedRun", "_round")],
     "evaluation.final": [("federation.evaluation", "Evaluation", "final")],

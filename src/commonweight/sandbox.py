@@ -184,7 +184,7 @@ class Sandbox:
         self._enrol(LEAD, "lead", self.lead)
         for site in self.names:
             self._add_site(site, f"{_HOST}:{ports['services']}")
-        self.tell(f"{len(self.names)} sites and a lead have joined")
+        self.tell(f"a lead has joined, and {'1 site' if len(self.names) == 1 else f'{len(self.names)} sites'}")
 
     def _ports(self, ready: Path) -> dict[str, int]:
         """The coordinator's ports, once they are open."""

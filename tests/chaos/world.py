@@ -252,9 +252,7 @@ class World(Federation):
         entries = list(self.audit())
         verify_chain(entries)
         mine = [entry for entry in entries if entry.subject == run]
-        assert Counter(e.details["round"] for e in mine if e.action == "round committed") == Counter(
-            range(rounds + 1)
-        )
+        assert Counter(e.details["round"] for e in mine if e.action == "round committed") == Counter(range(rounds + 1))
         accepted = Counter((e.details["round"], e.actor) for e in mine if e.action == "update accepted")
         assert accepted == Counter((n, site) for n, record in history.items() for site in record["answered"])
         for number, record in history.items():

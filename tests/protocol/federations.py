@@ -66,7 +66,8 @@ def wait_for(found: Callable[[], T], seconds: float = WAIT_S) -> T:
 
 def theta(scale: float = 1.0) -> NamedTensors:
     """Five chunks of tensors."""
-    return NamedTensors.of({"a.weight": torch.arange(1024.0).reshape(32, 32) * scale, "b.weight": torch.ones(64) * scale})
+    a, b = torch.arange(1024.0).reshape(32, 32), torch.ones(64)
+    return NamedTensors.of({"a.weight": a * scale, "b.weight": b * scale})
 
 
 def frame_for(tensors: NamedTensors, channel: str = "theta", chunk_bytes: int = CHUNK_BYTES) -> Frame:
@@ -223,6 +224,11 @@ class Hand:
     def stream(self, method: str, request: Any, **keywords: Any) -> Any:
         return self._methods[method](request, **keywords)
 
+    def begin(self, method: str, requests: Iterator[Any], **metadata: str) -> Any:
+        """A call with a stream of requests that goes on beside the test; a future."""
+        keys = tuple((key.replace("_", "-"), value) for key, value in metadata.items())
+        return self._methods[method].future(requests, timeout=WAIT_S, metadata=keys)  # type: ignore[attr-defined]
+
     def json(self, method: str, request: Any) -> Any:
         return json.loads(self.call(method, request).json)
 
@@ -290,7 +296,7 @@ class Denial:
 
     def __init__(self, error: Any) -> None:
         self.code, self.message = error.code(), error.details() or ""
-        self.metadata = {key: value for key, value in error.trailing_metadata() or ()}
+        self.metadata = dict(error.trailing_metadata() or ())
         details = self.metadata.get(HINT_KEY + "-bin", b"{}")
         self.details: dict[str, Any] = json.loads(details)
 
@@ -301,14 +307,13 @@ class Denial:
 class Attendance:
     """One held stream of a site. Heartbeats are sent by themselves unless `silent`."""
 
-    def __init__(self, hand: Hand, hello: pb.SiteMessage | None, heard: Callable[[pb.CoordinatorMessage], None]) -> None:
+    def __init__(self, hand: Hand, hello: pb.SiteMessage, heard: Callable[[pb.CoordinatorMessage], None]) -> None:
         self.silent = False
         self.messages: list[pb.CoordinatorMessage] = []
         self.error: Denial | None = None
         self._out: queue.Queue[pb.SiteMessage | None] = queue.Queue()
         self._heard = heard
-        if hello is not None:
-            self.send(hello)
+        self.send(hello)
         self.call = hand.stream("Federation/Attend", self._requests())
         self._thread = threading.Thread(target=self._read, name=f"site {hand.name}", daemon=True)
         self._thread.start()
@@ -392,11 +397,13 @@ class Site(Hand):
             self.tasks.append(message.task)
             self.answers[message.task.kind](self, message.task)
 
-    def task(self, kind: str = "train", round: int | None = None) -> pb.Task:
-        """A task that was offered, when it is."""
-        return wait_for(
-            lambda: [t for t in list(self.tasks) if t.kind == kind and round in (None, t.round)],
-        )[0]
+    def task(self, kind: str = "train", round: int | None = None, run: str | None = None) -> pb.Task:
+        """The latest task of a kind that was offered, when it is."""
+
+        def fits(task: pb.Task) -> bool:
+            return task.kind == kind and round in (None, task.round) and run in (None, task.run)
+
+        return wait_for(lambda: [task for task in list(self.tasks) if fits(task)])[-1]
 
     def reply(self, task: pb.Task | str, state: int, *, reason: str = "", result: bytes = b"") -> None:
         name = task if isinstance(task, str) else task.id

@@ -625,7 +625,7 @@ def test_bad_settings_are_explained(tmp_path: Path, text: str, says: str) -> Non
 def test_missing_settings_are_explained(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"there is no .*site\.yaml") as caught:
         load_settings(tmp_path)
-    assert "commonweight site init" in caught.value.hint
+    assert "commonweight site join" in caught.value.hint
 
 
 def test_paths_are_seen_from_the_sites_folder_and_chosen_by_purpose(tmp_path: Path) -> None:

@@ -92,8 +92,9 @@ def _summary(path: Path) -> dict[str, Any]:
         return summary | {"state": "unfinished"}
     from ..evaluate.summary import macro_loss
 
-    loss = macro_loss(metrics, "federated")
-    return summary | {"state": "finished", "macro_loss": loss, "finished": metrics.get("finished")}
+    loss, rounds = macro_loss(metrics, "federated"), len(metrics.get("rounds", ()))  # a fetched run has no journal
+    found = {"state": "finished", "macro_loss": loss, "finished": metrics.get("finished")}
+    return summary | found | {"round": summary["round"] or rounds}
 
 
 def methods(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..lead.client import Client
 
 
+_ENDED = ("finished", "failed", "cancelled")
 _ROUNDS_SHOWN = 10
 
 
@@ -79,17 +80,16 @@ def submit(
     from ..recipe.load import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
-    from ..lead.submit import networked, prepare
+    with connected(identity) as client:  # before the model is opened: it is said at once if nobody is there
+        from ..lead.submit import networked, prepare
 
-    loaded, left_out = networked(loaded)
-    for what in left_out:
-        note(what)
-    with connected(identity) as client:
-        client.runs()  # before the model is opened: a coordinator that is away is said at once
+        loaded, left_out = networked(loaded)
+        for what in left_out:
+            note(what)
         prepared = prepare(loaded, client.identity, sites=site or (), purpose=purpose)
         run = client.submit(prepared.signed, prepared.tensors, prepared.frame)
         if not watch:
-            _say_submitted(client, run, loaded.name, json)
+            _say_submitted(client, run, prepared.model, loaded.name, json)
             return
         if not json:
             say(f"submitted {loaded.name} as run {short(run)}")
@@ -97,11 +97,12 @@ def submit(
         _tell_end(client.run(run), json)
 
 
-def _say_submitted(client: Client, run: str, name: str, json: bool) -> None:
+def _say_submitted(client: Client, run: str, model: str, name: str, json: bool) -> None:
     if json:
-        print_json({"run": run, "name": name, "state": client.run(run)["state"]})
+        print_json({"run": run, "name": name, "state": client.run(run)["state"], "model": model})
         return
     say(f"submitted {name} as run {short(run)}")
+    say(f"base model, for sites' policies: {model}")
     say(f"follow it by: commonweight watch {short(run)}")
 
 
@@ -258,7 +259,8 @@ def cancel(run: WhichArgument, identity: IdentityOption = DEFAULT_IDENTITY, json
     if json:
         print_json({"run": found["id"], "name": found["name"], "state": found["state"]})
     else:
-        say(f"run {short(found['id'])} ({found['name']}) is being cancelled")
+        now = f"has ended already: it is {found['state']}" if found["state"] in _ENDED else "is being cancelled"
+        say(f"run {short(found['id'])} ({found['name']}) {now}")
 
 
 def fetch(

@@ -152,7 +152,7 @@ class NetworkProgress(Progress):
                 return None
             case "engine_started":
                 self.state |= {"rounds": fields["rounds"], "phase": "base model"}
-                return f"{fields['workers']} sites take part, {fields['trainable']:,} trainable parameters"
+                return f"sites taking part: {fields['workers']}; {fields['trainable']:,} trainable parameters"
             case "site_away":
                 return f"round {fields['round']}: site {fields['site']} is away"
             case "site_back":

@@ -47,14 +47,15 @@ def sandbox(
     from ..sandbox import Sandbox, partitioned
     from .progress import NetworkProgress, print_result
 
-    loaded, names, left_out = partitioned(load_recipe(recipe, set_ or ()), sites)
-    for what in left_out:
-        note(what)
+    loaded = load_recipe(recipe, set_ or ())
     folder = choose_output(output, loaded.name, resume=False)
     require_free(folder)
+    loaded, names, left_out = partitioned(loaded, sites)
+    for what in left_out:
+        note(what)
     hushed = quiet or options.json
     if not hushed:
-        say(f"{len(names)} sites: {', '.join(names.values())}")
+        say(f"sites: {', '.join(names.values())}")
     with (
         _signals(),
         _home(folder, keep) as home,

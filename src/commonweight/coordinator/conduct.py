@@ -151,6 +151,10 @@ class Conductor:
             events.emit("run_started", name=plan.recipe.name, resumed_after_round=journal.last_round())
             self._train(plan, journal, events, listener.flush)
             events.emit("run_finished", seconds=time.perf_counter() - began)
+            events.flush()
+            listener.flush()  # whoever follows the run reads on until it has ended
+            self._keep_files()
+            self.store.set_run_state(self.run_id, "finished", lease=self.led.lease)
         except CommonweightError as error:
             events.emit("run_interrupted", reason=error.message)
             raise
@@ -251,10 +255,11 @@ class Conductor:
         )
         write_json(self.folder / "metrics.json", record)
         write_report(self.folder)
+
+    def _keep_files(self) -> None:
         for name in _FILES:
             path = self.folder / name
             if path.exists():
                 copy = self.folder / f".{name}.stored"
                 shutil.copyfile(path, copy)
                 self.here.blobs.put(f"runs/{self.run_id}/result/{name}", copy)
-        self.store.set_run_state(self.run_id, "finished", lease=self.led.lease)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Callable
@@ -56,7 +57,7 @@ class Context:
         self.authority = Authority.load(folder / "authority")
         self.signing_key = SigningKey.load(folder / "server" / "signing.key")
         self.plans = Plans(self.store)
-        self.spares = Spares(self.scratch / "spares" / self.replica)
+        self.spares = Spares(self.scratch / "spares")
         self.metrics = Metrics()
         self.denials = Denials(self.store)
         limit = settings.max_upload_mb << 20
@@ -85,6 +86,16 @@ class Context:
             if run not in self._files:
                 self._files[run] = FrameFiles(self.blobs, self.scratch, run, self.spares)
             return self._files[run]
+
+    def sweep(self) -> None:
+        """Delete what an earlier process left half done; before anything else is done."""
+        self.blobs.sweep()
+        self.receiver.sweep()
+        for path in self.scratch.glob("frame-*"):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.scratch / "runs", ignore_errors=True)  # it is made anew from the store
+        for upload in self.store.leftovers():
+            self.discard(upload)
 
     def discard(self, upload: Upload) -> None:
         """Delete the data of an upload that is over: its key, and with it whatever can be read of its file."""

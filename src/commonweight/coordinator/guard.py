@@ -122,7 +122,8 @@ class Guard:
                 asked = self._asked(request, holder) if many else request
                 async with aclosing(function(asked, holder, context)) as messages:  # type: ignore[type-var]
                     async for message in messages:
-                        await self.check(holder)
+                        if not many:  # otherwise what it asks is checked, and it may still be told why it is not heard
+                            await self.check(holder)
                         yield message
             except Exception as error:
                 await self._fail(context, name, holder, error)

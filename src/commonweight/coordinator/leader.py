@@ -35,6 +35,8 @@ class Leader:
         self._renewed_at: dict[str, float] = {}
 
     def start(self) -> None:
+        if not self.store.database.is_postgres:
+            self.store.end_leases()  # whoever had one is dead, and need not be waited for
         self._watcher.start()
 
     def stop(self) -> None:

@@ -108,6 +108,11 @@ class LeasesPart(Part):
         tx.execute(leases.update().where(leases.c.run == lease.run).values(owner="", until=0.0))
         tx.publish(f"run/{lease.run}")
 
+    @writing
+    def end_leases(self, tx: Writing) -> None:
+        """Nobody leads any more: for a database that one process uses alone, when that process begins."""
+        tx.execute(leases.update().where(leases.c.owner != "").values(owner="", until=0.0))
+
     @reading
     def claimable(self, connection: sa.Connection) -> list[str]:
         """Runs that wait for a leader, oldest first."""

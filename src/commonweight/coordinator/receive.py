@@ -17,6 +17,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from ..errors import AccessError, UnreachableError, UpdateRefused
+from ..federation.folder import storage_errors
 from ..federation.round import Answered
 from ..identity.certificates import Holder
 from ..identity.keys import UPDATE, verify
@@ -215,9 +216,9 @@ class Receiver:
         with self._lock:
             if upload.id in self._receipts:
                 return
-            folder = self.scratch / "uploads"
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{upload.id}.sealed"
+            path = self._place(upload.id)
+            with storage_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
             if new:
                 self.spares.take(upload.run, SPARE, path)
             elif self.blobs.exists(upload.blob):  # stored by a process that was killed before it could say so
@@ -240,6 +241,10 @@ class Receiver:
                 )
         finally:
             receipt.lock.release()
+
+    def _place(self, upload: str) -> Path:
+        """Where an update lies until all of it is there."""
+        return self.scratch / "uploads" / f"{upload}.sealed"
 
     def check_size(self, what: str, frame: Frame) -> None:
         """Raises Refused (too-large): a frame has more bytes than one upload may have."""
@@ -408,10 +413,12 @@ class Receiver:
             receipt.path.unlink(missing_ok=True)
 
     def forget(self, upload: str) -> None:
-        """Drop an upload that was decided, if it is still under way here."""
+        """Drop an upload that was decided, if it is still under way here, or was when an earlier process was killed."""
         receipt = self._receipts.get(upload)
         if receipt is not None:
             self._forget(receipt)
+        else:
+            self._place(upload).unlink(missing_ok=True)
 
     def forget_run(self, run: str) -> None:
         """A run has ended: what was under way for it is dropped."""

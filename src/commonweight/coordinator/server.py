@@ -7,6 +7,7 @@ watch it (/metrics, /healthz). It may be killed at any instant; asked to stop, i
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import logging
 import signal
@@ -14,7 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,10 @@ from typing import Any
 import grpc
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from ..errors import CommonweightError, UnreachableError
+from ..errors import CommonweightError, StateError, UnreachableError
+from ..federation.folder import storage_errors
 from ..identity.tls import ServerIdentity, enforce_tls13, enrolment_credentials, server_credentials
+from ..wire.buffers import keep_freed_memory
 from ..wire.service import CONTROL, ENROLMENT, FEDERATION, TRANSFER, channel_options, handler
 from .context import Context
 from .control import ControlService
@@ -37,6 +41,8 @@ from .settings import CoordinatorSettings, load_settings
 _log = logging.getLogger(__name__)
 
 _GRACE_S = 5.0
+#: one that was asked to stop may still be at it
+_ENDING_S = 3.0
 _MOST = "grpc.max_receive_message_length"
 #: what is under way and was decided elsewhere is dropped this often
 _TIDY_S = 30.0
@@ -82,6 +88,7 @@ def serve(folder: Path, *, ready: Callable[[CoordinatorSettings, dict[str, int]]
         UnreachableError: a port cannot be opened.
     """
     enforce_tls13()
+    keep_freed_memory()
     settings = load_settings(folder)
     keep_certificate(folder, settings)
     asyncio.run(Replica(folder, settings).serve(ready, signals=True))
@@ -121,6 +128,10 @@ class Replica:
             ready: as `serve` has it.
             signals: stop on SIGTERM and SIGINT too; only in a process's main thread.
         """
+        with alone(self.folder):
+            await self._serve(ready, signals)
+
+    async def _serve(self, ready: Callable[[CoordinatorSettings, dict[str, int]], None] | None, signals: bool) -> None:
         self._loop = loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
             loop.add_signal_handler(number, self._stop.set)
@@ -131,8 +142,7 @@ class Replica:
         background: list[asyncio.Task[None]] = []
         try:
             here.blobs.check()
-            here.blobs.sweep()
-            here.receiver.sweep()
+            here.sweep()
             server, services = await self._services(here, guard)
             enrolment, enrolments = await self._enrolment(here)
             http = serve_http(self.settings.listen_http, here)
@@ -181,6 +191,34 @@ class Replica:
             certificate=(self.folder / "server" / "tls.pem").read_bytes(),
             authority=(self.folder / "authority" / "authority.pem").read_bytes(),
         )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Only one process serves a coordinator's folder; replicas have folders of their own.
+
+    Raises:
+        StateError: another process does.
+        StorageError: the folder cannot be written.
+    """
+    with storage_errors(folder):
+        (folder / "scratch").mkdir(exist_ok=True)
+        lock = (folder / "scratch" / "lock").open("a")
+    with lock:
+        ends = time.monotonic() + _ENDING_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > ends:
+                    raise StateError(
+                        f"another process serves {folder}",
+                        hint="stop it first; a further replica needs a folder of its own",
+                        retry=True,
+                    ) from error
+            time.sleep(0.05)
+        yield
 
 
 def _open(server: Any, address: str, credentials: Any) -> int:

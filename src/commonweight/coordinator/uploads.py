@@ -186,6 +186,12 @@ class UploadsPart(Part):
         query = sa.select(uploads).join(runs).where(uploads.c.run == run, uploads.c.blob != "", over)
         return _rows(connection.execute(query.order_by(uploads.c.opened_at, uploads.c.id)))
 
+    @reading
+    def leftovers(self, connection: sa.Connection) -> list[Upload]:
+        """Uploads of runs that have ended whose data are there still."""
+        query = sa.select(uploads).join(runs).where(uploads.c.blob != "", runs.c.state.in_(ENDED))
+        return _rows(connection.execute(query.order_by(uploads.c.opened_at, uploads.c.id)))
+
     @writing
     def forget_upload(self, tx: Writing, upload_id: str) -> None:
         """Its blob is deleted: forget its key too. The row itself stays.

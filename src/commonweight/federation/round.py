@@ -145,7 +145,6 @@ class Round:
         met = len(self.answered) >= self.needed
         return replace(self, phase=Phase.CLOSED if met else Phase.ABANDONED)
 
-
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` gives an equal round."""
         return {

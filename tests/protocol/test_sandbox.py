@@ -1,0 +1,179 @@
+"""A whole federation of processes, over TLS: the bits of a run on one machine, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from commonweight.errors import DataError, RecipeError, RoundError
+from commonweight.launch import run
+from commonweight.recipe import Recipe
+from commonweight.recipe.resolved import recipe_text
+from commonweight.sandbox import Sandbox, partitioned, site_names
+from commonweight.site.policy import load_policy
+from tests.conftest import SITES
+from tests.unit.command_line import call
+
+MakeRecipe = Callable[..., Recipe]
+EVALUATION = {"controls": ["base"], "samples": 1, "max_new_tokens": 4}
+
+
+def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """FedAvg; SCAFFOLD, with private state at the sites; and a cohort that is a part of the sites."""
+    variants: dict[str, dict[str, Any]] = {
+        "fedavg": {},
+        "scaffold": {"strategy": "scaffold"},
+        "partial": {"cohort": 2, "strategy": "fedadam"},
+    }
+    recipes = {name: make_recipe(name=name, federation=f, evaluation=EVALUATION) for name, f in variants.items()}
+    recipe, names, left_out = partitioned(recipes["fedavg"], 3)
+    assert (recipe, list(names.values()), left_out) == (recipes["fedavg"], list(SITES), [])
+    with Sandbox(tmp_path / "federation", recipe, names) as federation:
+        for name, one in recipes.items():
+            heard: list[str] = []
+            found = federation.carry_out(one, tmp_path / name, lambda event, _, heard=heard: heard.append(event))
+            expected = run(one, tmp_path / f"{name}-here")
+            assert found["adapter"]["digest"] == expected["adapter"]["digest"], name
+            for key in ("arms", "samples", "gains"):
+                assert without_seconds(found[key]) == without_seconds(expected[key]), (name, key)
+            assert heard.count("round_committed") == 2
+            assert (tmp_path / name / "adapter" / "adapter_model.safetensors").exists()
+        policy = load_policy(tmp_path / "federation" / "sites" / "north")
+        assert policy.models == [expected["model"]["digest"]]
+        assert policy.signers != ["any"]
+        a_person_approves(federation, recipe, expected["model"]["digest"], tmp_path)
+
+        victim = federation._sites[0].process
+        victim.kill()
+        victim.wait()
+        with pytest.raises(RoundError, match="site-north has ended, with code -9") as error:
+            federation.check()
+        assert "task.done" in error.value.hint, "the end of its log"
+        processes = [part.process.pid for part in (*federation._sites, *federation._coordinator)]
+    assert not any(psutil.pid_exists(pid) for pid in processes)
+
+
+def a_person_approves(federation: Sandbox, recipe: Recipe, model: str, folder: Path) -> None:
+    """What the guides tell a lead and a site's engineer to type, in the federation at work."""
+    me, north = ("--identity", federation.lead), federation.folder / "sites" / "north"
+    policy = north / "policy.yaml"
+    policy.write_text(policy.read_text().replace("approval: none", "approval: every-run"))
+    (folder / "recipe.yaml").write_text(recipe_text(recipe))
+    options = ("--purpose", "sandbox", "--site", "west", "--site", "north", "--set", "federation.rounds=1")
+    submitted = call("submit", folder / "recipe.yaml", *options, *me)
+    assert submitted.code == 0, submitted.err
+    assert f"base model, for sites' policies: {model}\n" in submitted.out
+    run = re.findall(r"commonweight watch (\w+)$", submitted.out, re.M)[0]
+    while not (asked := call("site", "pending", north, "--json").json["pending"]):
+        time.sleep(0.2)
+    assert asked[0]["run"].startswith(run)
+    assert call("site", "status", north, "--json").json["running"]
+    again = call("site", "run", north)
+    assert (again.code, "another process runs the site in" in again.err) == (6, True)
+    assert call("site", "approve", north, run).code == 0
+    watched = call("watch", run, *me)
+    assert watched.code == 0, watched.err
+    assert "site north has joined\n" in watched.out
+    fetched = call("fetch", run, "-o", folder / "fetched", *me)
+    assert "Together (federated)" in fetched.out, fetched.err
+    assert call("chat", folder / "fetched", "-p", "what helps", "--max-new-tokens", 2).code == 0
+    assert call("export", folder / "fetched", folder / "exported").code == 0
+    what = [row["what"] for row in call("site", "audit", north, "--run", run, "--all", "--json").json["rows"]]
+    assert what.index("approved") < what.index("facts") < what.index("update")
+    refused = call("submit", folder / "recipe.yaml", "--purpose", "fun", "--site", "north", "--watch", *me)
+    assert (refused.code, "the job's purpose is 'fun'" in refused.err) == (5, True)
+
+
+def without_seconds(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_seconds(item) for key, item in value.items() if key != "seconds"}
+    return [without_seconds(item) for item in value] if isinstance(value, list) else value
+
+
+def test_the_command(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = make_recipe(
+        data={"sites": {"by": "site", "only": ["west"]}},
+        federation={"rounds": 1},
+        evaluation={"controls": ["base", "centralised"], "samples": 0},
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe_text(recipe))
+    answer = call("sandbox", "recipe.yaml", "--sites", 1, "--keep")
+    assert answer.code == 0, answer.err
+    assert answer.err == (
+        "evaluation.controls: centralised is left out: over a network no one has all the data to pool\n"
+    )
+    assert re.search(r"^sites taking part: 1; [\d,]+ trainable parameters$", answer.out, re.M)
+    assert "adapter  runs/small/adapter\n" in answer.out
+    assert answer.out.endswith("kept     runs/small/.sandbox\n")
+    assert call("runs", "--json").json["runs"][0]["round"] == 1
+    site = tmp_path / "runs" / "small" / ".sandbox" / "sites" / "west"
+    audit = call("site", "audit", site, "--verify", "--json").json
+    assert [row["what"] for row in audit["rows"] if row["what"] == "facts"] == ["facts"]
+    assert audit["verified"]
+    assert call("site", "status", site, "--json").json["runs"][0]["state"] in ("joined", "ended")
+    assert not call("site", "status", site, "--json").json["running"]
+
+
+def test_ctrl_c_stops_everything(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(data={"sites": {"by": "site", "only": ["north"]}}, federation={"rounds": 1000})
+    (tmp_path / "recipe.yaml").write_text(recipe_text(recipe))
+    command = [sys.executable, "-m", "commonweight", "sandbox", "recipe.yaml"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("round 1: held-out loss"):
+            break
+    parts = psutil.Process(process.pid).children(recursive=True)
+    assert len(parts) == 2, "the coordinator and one site"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    found = re.fullmatch(r"interrupted\n  everything was stopped; the logs are in (\S+)\n", err)
+    assert found, err
+    assert sorted(path.name for path in Path(found[1]).iterdir()) == ["coordinator.log", "site-north.log"]
+    ends = time.monotonic() + 10
+    while any(part.is_running() for part in parts) and time.monotonic() < ends:
+        time.sleep(0.1)
+    assert not any(part.is_running() for part in parts)
+
+
+# --- before anything starts
+
+
+def test_the_number_of_sites(make_recipe: MakeRecipe) -> None:
+    assert list(partitioned(make_recipe())[1].values()) == list(SITES)
+    with pytest.raises(RecipeError, match=r"--sites 5, but the recipe's data fall to 3 sites: north, south, west"):
+        partitioned(make_recipe(), 5)
+    counted = make_recipe(data={"sites": {"scheme": "iid", "count": 2}})
+    recipe, names, _ = partitioned(counted, 4)
+    assert recipe.data.sites.count == 4
+    assert len(names) == 4
+    with pytest.raises(DataError):
+        partitioned(counted, 400)
+
+
+def test_a_hubs_rows_are_no_sites_rows(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(RecipeError, match="there is no somebody/some-rows"):
+        partitioned(make_recipe(data={"path": "somebody/some-rows"}))
+
+
+def test_names_of_sites() -> None:
+    parts = ["St. Mary's Hospital", "north", "North", "NORTH", "…", "Łódź 7", "x" * 80, "x" * 79]
+    names = site_names(parts)
+    assert names == [
+        *("st.-marys-hospital", "north", "north-2", "north-3", "site", "d-7", "x" * 56, "x" * 56 + "-2"),
+    ]
