@@ -45,7 +45,7 @@ from commonweight.site.policy import PolicyFile
 from commonweight.site.records import SiteRecords
 from commonweight.site.settings import SiteSettings
 from commonweight.site.workshop import Work
-from commonweight.wire.buffers import keep_freed_memory
+from commonweight.wire.buffers import bound_memory
 from commonweight.wire.frames import CHUNK_BYTES, Channel, frame_of, plan_for
 from commonweight.wire.protocol_pb2 import Job
 
@@ -290,7 +290,7 @@ def _coordinator(folder: Path, ready: Path) -> None:
 
 async def _sites(folder: Path, seconds: float, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    keep_freed_memory()
+    bound_memory()
     pool = ThreadPoolExecutor(4)
     agents = []
     for name in names:

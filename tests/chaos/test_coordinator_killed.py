@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 
@@ -12,53 +11,54 @@ from .conftest import Measured
 from .nursery import Death
 from .world import World, expected_model
 
-#: while a run is led: place, and which calls of it
+#: while a run is led: place, and before or after which call of it
 _STEPS = {
-    "coordinator.store:Store.claim": (1,),
-    "coordinator.store:Store.bind": (1,),
-    "coordinator.store:Store.put_member": (1, 3),
-    "coordinator.store:Store.put_result": (1, 3),
-    "coordinator.store:Store.add_tasks": (1, 3, 4),
-    "coordinator.store:Store.open_round": (1, 3),
-    "coordinator.store:Store.open_upload": (1, 5),
-    "coordinator.store:Store.reply": (2, 8),
-    "coordinator.receive:SealedFile.write": (1, 13),
-    "coordinator.receive:SealedFile.sync": (1, 6),
-    "coordinator.receive:Blobs.put": (3, 7),
-    "coordinator.store:Store.accept_upload": (1, 2, 3, 9),
-    "coordinator.uploads:append": (1, 6),
-    "coordinator.stored_model:StoredModel.close": (1, 2),
-    "coordinator.frame_files:FrameWriter.finish": (2, 4),
-    "coordinator.frame_files:FrameFiles.put": (2, 3),
-    "coordinator.frame_files:Blobs.put_bytes": (3, 4),
-    "coordinator.store:Store.commit": (1, 2, 4),
-    "coordinator.journal:spend": (2, 4),
-    "coordinator.conduct:NetworkShelf.forget": (1, 3),
-    "coordinator.store:Store.forget_upload": (1, 5, 9),
-    "coordinator.frame_files:FrameFiles.forget": (2, 3),
-    "coordinator.store:Store.add_events": (1, 3),
-    "coordinator.store:Store.set_run_state": (2, 3),
-    "coordinator.conduct:write_json": (1,),
-    "coordinator.conduct:write_report": (1,),
-    "coordinator.conduct:shutil.copyfile": (1, 4),
-    "coordinator.conduct:Conductor._tidy": (1,),
-    "coordinator.receive:Receiver.forget_run": (1,),
+    "coordinator.store:Store.claim": ("before 1", "after 1"),
+    "coordinator.store:Store.bind": ("after 1",),
+    "coordinator.store:Store.put_member": ("before 1", "after 3"),
+    "coordinator.store:Store.put_result": ("before 1", "after 1", "before 3", "after 3"),
+    "coordinator.store:Store.add_tasks": ("before 1", "after 1", "before 3", "after 3", "after 4"),
+    "coordinator.store:Store.open_round": ("before 1", "after 1", "after 3"),
+    "coordinator.store:Store.open_upload": ("before 1", "after 1", "after 5"),
+    "coordinator.store:Store.reply": ("before 2", "after 8"),
+    "coordinator.receive:SealedFile.write": ("before 1", "after 13"),
+    "coordinator.receive:SealedFile.sync": ("before 1", "after 6"),
+    "coordinator.receive:Blobs.put": ("before 3", "after 3", "after 7"),
+    "coordinator.store:Store.accept_upload": ("before 1", "after 1", "after 2", "before 3", "after 3", "after 9"),
+    "coordinator.uploads:append": ("before 1", "after 6"),
+    "coordinator.stored_model:StoredModel.close": ("before 1", "after 1", "after 2"),
+    "coordinator.frame_files:FrameWriter.finish": ("before 2", "after 4"),
+    "coordinator.frame_files:Blobs.put": ("before 2", "after 8"),
+    "coordinator.frame_files:Blobs.put_bytes": ("before 3", "after 4"),
+    "coordinator.store:Store.commit": ("before 1", "after 1", "before 2", "after 2", "before 4", "after 4"),
+    "coordinator.journal:spend": ("before 2", "after 4"),
+    "coordinator.conduct:NetworkShelf.forget": ("before 1", "after 3"),
+    "coordinator.store:Store.forget_upload": ("before 1", "after 5", "after 9"),
+    "coordinator.frame_files:FrameFiles.forget": ("before 2", "after 3"),
+    "coordinator.store:Store.add_events": ("before 1", "after 3"),
+    "coordinator.conduct:write_json": ("before 1",),
+    "coordinator.conduct:write_report": ("after 1",),
+    "coordinator.conduct:shutil.copyfile": ("before 1", "after 4"),
+    "coordinator.store:Store.set_run_state": ("before 2", "after 2", "before 3", "after 3"),
+    "coordinator.conduct:Conductor._tidy": ("before 1", "after 1"),
 }
-_LED = [Death(place, when, nth) for place, calls in _STEPS.items() for nth in calls for when in ("before", "after")]
+_LED = [
+    Death(place, when, int(nth))
+    for place, moments in _STEPS.items()
+    for when, nth in (moment.split() for moment in moments)
+]
 
 #: while a run is submitted
 _SUBMITTING = [
-    Death(place, when)
-    for place, when in itertools.product(
-        (
-            "coordinator.store:Store.add_run",
-            "coordinator.receive:FrameWriter.write",
-            "coordinator.receive:FrameWriter.finish",
-            "coordinator.frame_files:Blobs.put_bytes",
-            "coordinator.store:Store.set_run_state",
-        ),
-        ("before", "after"),
+    Death(place, when, nth)
+    for place, nth in (
+        ("coordinator.store:Store.add_run", 1),
+        ("coordinator.receive:FrameWriter.write", 3),
+        ("coordinator.receive:FrameWriter.finish", 1),
+        ("coordinator.frame_files:Blobs.put_bytes", 2),  # the first is a probe, at the start
+        ("coordinator.store:Store.set_run_state", 1),
     )
+    for when in ("before", "after")
 ]
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.federation import Federation, NoiseWorkshop, random_tensors
@@ -43,6 +46,7 @@ class World(Federation):
         seconds: how long sites pretend to train.
         keep_after_s: training that took longer is kept on the site's disk.
         theta: what runs begin from.
+        chunk_bytes: how their tensors are cut.
     """
 
     def __init__(
@@ -53,11 +57,13 @@ class World(Federation):
         seconds: float = 0.0,
         keep_after_s: float = 1.0,
         theta: NamedTensors | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
         **settings: Any,
     ) -> None:
         super().__init__(folder, settings={"heartbeat_s": 1.0, **settings}, seconds=seconds)
         self.nursery, self.keep_after_s = nursery, keep_after_s
         self.theta = random_tensors(0.5, tensors=8) if theta is None else theta
+        self.chunk_bytes = chunk_bytes
         self.site_of: dict[str, Process] = {}
         self._deaths: Sequence[Death] = ()
         self._processes: list[Process] = []
@@ -105,6 +111,11 @@ class World(Federation):
             self.begin_site(name)
         return names
 
+    def route(self, site: str, port: int) -> None:
+        """From its next start on, a site that is enrolled dials another port."""
+        path = self.folder / "sites" / site / "identity" / "identity.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "address": f"127.0.0.1:{port}"}))
+
     @property
     def main(self) -> Process:
         """The coordinator's process."""
@@ -122,7 +133,7 @@ class World(Federation):
         recipe = Recipe.model_validate(
             {"name": "noise", "federation": settings, "evaluation": evaluation, "output": {"keep_rounds": 1}}
         )
-        frame = frame_of({"theta": self.theta}, plan_for(self.theta.layout, (Channel("theta"),), CHUNK_BYTES))
+        frame = frame_of({"theta": self.theta}, plan_for(self.theta.layout, (Channel("theta"),), self.chunk_bytes))
         with self.client() as client:
             job = Job(
                 id=f"{time.time_ns():032x}",
@@ -148,14 +159,17 @@ class World(Federation):
     def submit_through(self, submit: Callable[[], str]) -> str:
         """Submit as a person would whose coordinator dies meanwhile: again, until it is taken."""
         ends = time.monotonic() + LIVENESS_S
-        while True:
-            try:
-                return submit()
-            except (UnreachableError, StorageError):
-                self.revive()
-                if time.monotonic() > ends:
-                    raise
-                time.sleep(_POLL_S)
+        with ThreadPoolExecutor(1) as aside:
+            while True:
+                taken = aside.submit(submit)
+                while not taken.done():
+                    self.revive()
+                    time.sleep(_POLL_S)
+                try:
+                    return taken.result()
+                except (UnreachableError, StorageError):
+                    if time.monotonic() > ends:
+                        raise
 
     # --- looking
 
@@ -233,9 +247,23 @@ class World(Federation):
         assert row.state == "finished", f"{row.error} ({row.hint})\n{self.logs()}"
         return row
 
+    def revive_all(self) -> None:
+        """Start again whatever is dead."""
+        self.revive()
+        for name, process in list(self.site_of.items()):
+            if process.poll() is not None:
+                self.begin_site(name)
+
     # --- what must be true
 
-    def check(self, run: str, *, rounds: int = 3, everyone: Sequence[str] | None = None) -> None:
+    def check(
+        self,
+        run: str,
+        *,
+        rounds: int = 3,
+        everyone: Sequence[str] | None = None,
+        instead: Mapping[tuple[int, str], NamedTensors] = MappingProxyType({}),
+    ) -> None:
         """A finished run is what an undisturbed one is.
 
         Every round was committed once. Who was told that its update was accepted is counted, once. The model is, bit
@@ -243,6 +271,7 @@ class World(Federation):
 
         Args:
             everyone: sites that must have answered in every round, in the order of folding.
+            instead: updates that were not a site's usual noise, by round and site.
         """
         history = {number: record for number, record in self.store.commits(run).items() if number}
         assert sorted(history) == list(range(1, rounds + 1))
@@ -262,7 +291,7 @@ class World(Federation):
             told = {e["round"] for e in self.site_events(folder.name) if _fits(e, "update.accepted", {"run": run})}
             counted = {n for n, record in history.items() if folder.name in record["answered"]}
             assert told <= counted, f"{folder.name} was told that it counts in {sorted(told - counted)}"
-        self.check_model(run, history)
+        self.check_model(run, history, instead)
         self.check_tidy(run)
 
     def history(self, run: str) -> str:
@@ -276,12 +305,13 @@ class World(Federation):
             yield from entries
             after = entries[-1].sequence
 
-    def check_model(self, run: str, history: dict[int, Any]) -> None:
-        expected = expected_model(self.theta, [(r["cohort"], r["answered"]) for _, r in sorted(history.items())])
+    def check_model(self, run: str, history: dict[int, Any], instead: Mapping[tuple[int, str], NamedTensors]) -> None:
+        rounds = [(r["cohort"], r["answered"]) for _, r in sorted(history.items())]
+        expected = expected_model(self.theta, rounds, instead)
         saved = [event["digest"] for event in self.all_events(run) if event["event"] == "adapter_saved"]
         assert saved
         assert set(saved) == {expected.digest()}
-        frame = frame_of({"theta": expected}, plan_for(expected.layout, (Channel("theta"),), CHUNK_BYTES))
+        frame = frame_of({"theta": expected}, plan_for(expected.layout, (Channel("theta"),), self.chunk_bytes))
         last = history[max(history)]
         assert last["state"]["base"] == frame.digest
         with self.client() as client:
@@ -308,13 +338,19 @@ def _fits(event: dict[str, Any], name: str, fields: dict[str, Any]) -> bool:
 _expected: dict[tuple[Any, ...], NamedTensors] = {}
 
 
-def expected_model(theta: NamedTensors, rounds: Sequence[tuple[Sequence[str], Sequence[str]]]) -> NamedTensors:
+def expected_model(
+    theta: NamedTensors,
+    rounds: Sequence[tuple[Sequence[str], Sequence[str]]],
+    instead: Mapping[tuple[int, str], NamedTensors] = MappingProxyType({}),
+) -> NamedTensors:
     """The model after some rounds of federated averaging over sites that add noise, made in memory.
 
     Args:
         rounds: of each, the cohort in the order of folding, and those of it who answered.
+        instead: updates that were not a site's usual noise, by round and site.
     """
-    key = (theta.digest(), *((tuple(cohort), frozenset(answered)) for cohort, answered in rounds))
+    others = frozenset((place, tensors.digest()) for place, tensors in instead.items())
+    key = (theta.digest(), others, *((tuple(cohort), frozenset(answered)) for cohort, answered in rounds))
     if key not in _expected:
         strategy = FedAvg()
         state = strategy.init(theta.clone())
@@ -322,7 +358,9 @@ def expected_model(theta: NamedTensors, rounds: Sequence[tuple[Sequence[str], Se
             fold = strategy.open(state)
             for site in cohort:
                 if site in answered:
-                    fold.add(noise_update(theta, site, number))
+                    update = noise_update(theta, site, number)
+                    other = instead.get((number, site))
+                    fold.add(update if other is None else replace(update, channels={"delta": other}))
             state = strategy.close(state, fold)
         _expected[key] = state.theta
     return _expected[key]

@@ -417,7 +417,7 @@ class Site(Hand):
 
     # --- updates
 
-    def manifest(self, task: pb.Task, tensors: NamedTensors | None = None, **changes: Any) -> pb.SignedManifest:
+    def manifest(self, task: pb.Task, tensors: NamedTensors | None = None, /, **changes: Any) -> pb.SignedManifest:
         frame = frame_for(theta() if tensors is None else tensors, "delta")
         values: dict[str, Any] = {
             "run": task.run,
@@ -443,7 +443,7 @@ class Site(Hand):
         status: pb.UploadStatus = self.call("Transfer/Push", iter(messages), commonweight_upload=upload)
         return status
 
-    def update(self, task: pb.Task, tensors: NamedTensors | None = None, **changes: Any) -> pb.UploadStatus:
+    def update(self, task: pb.Task, tensors: NamedTensors | None = None, /, **changes: Any) -> pb.UploadStatus:
         """Offer an update and send what is missing of it."""
         given = theta() if tensors is None else tensors
         status = self.open(self.manifest(task, given, **changes))

@@ -638,4 +638,3 @@ def test_a_defect_is_not_told_to_strangers(
     denial = lead.denied("Control/ListSites", pb.ListSitesRequest())
     assert denial.code is grpc.StatusCode.INTERNAL
     assert "secret" not in denial.message
-

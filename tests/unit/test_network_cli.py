@@ -180,6 +180,16 @@ def test_audit(here: Path) -> None:
     assert (changed.code, "line 2 of" in changed.err) == (6, True)
 
 
+def test_going_on_after_an_alarm(here: Path) -> None:
+    head = f"{HEAD[0]}:{HEAD[1].hex()}"
+    assert call("site", "accept-log", "north", "--reason", "restored", "--json").json["head"] == head
+    records = SiteRecords(here / "north" / "state.sqlite")
+    records.keep_head(1, b"\x01" * 32, b"signature")  # the log begins anew
+    records.close()
+    last = call("site", "audit", "north", "--all", "--verify", "--json").json["rows"][-1]
+    assert (last["what"], last["head"], last["reason"]) == ("log accepted", head, "restored")
+
+
 # --- times
 
 
@@ -285,6 +295,8 @@ BAD = [
     Case("site audit north --since yesterday", 2, ("--since yesterday is no time", "36h")),
     Case("site audit north --run nope", 6, ("no run is called, or begins, 'nope'",)),
     Case("site pending north", 6, ("damaged",), prepare=write("north/state.sqlite", "x" * 5000)),
+    Case("site accept-log nowhere --reason x", 6, ("nowhere is no site's folder",)),
+    Case("site accept-log north", 2, ("missing option", "--reason")),
     # users without an identity
     *(
         Case(command, 8, ("you have no identity in", "commonweight join TOKEN"))

@@ -1,4 +1,4 @@
-"""Commands for a site's engineer: site join, run, status, policy, pending, approve, deny, audit."""
+"""Commands for a site's engineer: site join, run, status, policy, pending, approve, deny, audit, accept-log."""
 
 from __future__ import annotations
 
@@ -371,6 +371,31 @@ def _decide(directory: Path, which: str, approved: bool, json: bool) -> None:
         say(f"{word} run {short(run)} ({names[run]})")
 
 
+def accept_log(
+    directory: SiteArgument,
+    reason: Annotated[
+        str, typer.Option("--reason", help="Why it is another, for this site's audit log.", metavar="TEXT")
+    ],
+    json: JsonOption = False,
+) -> None:
+    """Go on after an alarm about the coordinator's audit log: it may begin anew.
+
+    For a coordinator that was restored from a backup, once you have heard so from people, not from the machine.
+    """
+    begin(json)
+    from ..site.audit import SiteAudit
+
+    with _records(directory) as records:
+        head = records.last_head()
+        known = "none" if head is None else f"{head.sequence}:{head.hash.hex()}"
+        SiteAudit(directory / "audit.jsonl", records).append("log accepted", by=who(), reason=reason, head=known)
+        records.forget_heads()
+    if json:
+        print_json({"head": None if head is None else known, "reason": reason})
+    else:
+        say(f"the head that was kept of the coordinator's audit log ({known}) no longer counts; start the site again")
+
+
 def _name_of(records: SiteRecords, run: str) -> str:
     job = records.job(run)
     return job.facts.name if job is not None else ""
@@ -400,7 +425,7 @@ def audit(
     verify: Annotated[bool, typer.Option("--verify", help="Check that no line was changed or taken out.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Show exactly what has left this site: when, for which run, how much, and its digest."""
+    """Show exactly what has left this site: when, for which run, how much, its digest."""
     begin(json)
     from ..site.audit import LEFT, SiteAudit
 
@@ -458,4 +483,4 @@ def _show_totals(totals: dict[str, dict[str, int]], names: dict[str, str]) -> No
 
 
 #: in the order of the help
-COMMANDS = (join, run, status, policy, pending, approve, deny, audit)
+COMMANDS = (join, run, status, policy, pending, approve, deny, audit, accept_log)

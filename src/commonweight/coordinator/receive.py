@@ -22,9 +22,10 @@ from ..federation.round import Answered
 from ..identity.certificates import Holder
 from ..identity.keys import UPDATE, verify
 from ..strategies.update import check_weight
+from ..wire.decode import decode
 from ..wire.frames import Frame, chunk_digest, header_digest
-from ..wire.manifest import ParsedManifest, check_chunk, check_frame, first_bad, parse_manifest
-from ..wire.protocol_pb2 import SignedManifest, UploadStatus
+from ..wire.manifest import TASK, ParsedManifest, check_chunk, check_frame, check_text, first_bad, parse_manifest
+from ..wire.protocol_pb2 import Manifest, SignedManifest, UploadStatus
 from ..wire.refusals import Refusal, Refused
 from .blobs import Blobs
 from .frame_files import FrameFiles, FrameWriter
@@ -45,6 +46,7 @@ _OWN_FAULT = frozenset(
         Refusal.WRONG_BASE,
         Refusal.WRONG_SHAPE,
         Refusal.TOO_LARGE,
+        Refusal.NON_FINITE,
         Refusal.BAD_WEIGHT,
     }
 )
@@ -381,9 +383,10 @@ class Receiver:
         """A manifest was refused for what it is: the task that it would have answered has failed. Returns its id."""
         if refused.code not in _OWN_FAULT:
             return ""
-        try:
-            manifest = parse_manifest(signed)
-            row = self.store.reply(manifest.task, holder.name, "failed", refused.message)
+        try:  # only the task's name is wanted, and the rest may be what is wrong with it
+            task = decode(Manifest, signed.manifest).task
+            check_text("a manifest's task", task, TASK)
+            row = self.store.reply(task, holder.name, "failed", refused.message)
         except Refused:
             return ""
         return row.id if row is not None else ""

@@ -27,7 +27,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from ..errors import CommonweightError, StateError, UnreachableError
 from ..federation.folder import storage_errors
 from ..identity.tls import ServerIdentity, enforce_tls13, enrolment_credentials, server_credentials
-from ..wire.buffers import keep_freed_memory
+from ..wire.buffers import bound_memory
 from ..wire.service import CONTROL, ENROLMENT, FEDERATION, TRANSFER, channel_options, handler
 from .context import Context
 from .control import ControlService
@@ -88,7 +88,7 @@ def serve(folder: Path, *, ready: Callable[[CoordinatorSettings, dict[str, int]]
         UnreachableError: a port cannot be opened.
     """
     enforce_tls13()
-    keep_freed_memory()
+    bound_memory()
     settings = load_settings(folder)
     keep_certificate(folder, settings)
     asyncio.run(Replica(folder, settings).serve(ready, signals=True))

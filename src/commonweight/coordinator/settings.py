@@ -64,7 +64,11 @@ class CoordinatorSettings(BaseModel):
         10.0, ge=1, le=600, description="A replica that says nothing for this long stops leading its runs."
     )
     certificate_hours: float = Field(
-        24.0, gt=0, le=24 * 366, description="Life of a site's or user's certificate; it renews itself."
+        336.0,
+        gt=0,
+        le=24 * 366,
+        description="Life of a site's or user's certificate. It renews itself while it is used; who is away for longer "
+        "needs a new token.",
     )
     token_hours: float = Field(72.0, gt=0, le=24 * 30, description="Life of an enrolment token.")
     max_upload_mb: int = Field(65536, ge=1, description="Cap on an update, in MiB.")

@@ -159,7 +159,6 @@ class SealedFile:
         self.path, self.chunk_bytes, self.room = path, chunk_bytes, chunk_bytes + OVERHEAD
         self._cipher = AESGCM(key)
         self._id = _derived(key, b"commonweight sealed file id", 16)
-        self._local = threading.local()
         self._fd = _opened(path, writable)
 
     def write(self, index: int, data: Buffer) -> None:
@@ -173,7 +172,7 @@ class SealedFile:
             raise ValueError(f"a chunk of {data.nbytes} bytes, in a file of chunks of 1 to {self.chunk_bytes}")
         head = data.nbytes.to_bytes(4, "big") + os.urandom(8)
         size = _HEAD + data.nbytes + _TAG
-        record = self._buffer("record", self.room)[:size]
+        record = _buffer("record", size)
         record[:_HEAD] = head
         nonce, aad = self._binding(index, head)
         if _INTO:
@@ -212,7 +211,7 @@ class SealedFile:
 
     def read(self, index: int) -> bytes | None:
         """A chunk, or None when there is no whole record."""
-        plain = self._buffer("plain", self.chunk_bytes)
+        plain = _buffer("plain", self.chunk_bytes)
         length = self.read_into(index, plain)
         return None if length is None else bytes(plain[:length])
 
@@ -221,7 +220,7 @@ class SealedFile:
 
         The chunk that `check` sees is only good during the call.
         """
-        plain = self._buffer("plain", self.chunk_bytes)
+        plain = _buffer("plain", self.chunk_bytes)
         found = []
         for index in range(num_chunks):
             length = self.read_into(index, plain)
@@ -248,7 +247,7 @@ class SealedFile:
     def _record(self, index: int) -> memoryview | None:
         """The bytes of a record that has a length and is not cut off, in this thread's buffer."""
         _check_index(index)
-        room = self._buffer("record", self.room)
+        room = _buffer("record", self.room)
         with _explained(self.path):
             got = _read_all(self._fd, room, index * self.room)
         length = int.from_bytes(room[:4], "big") if got >= _HEAD else 0
@@ -262,13 +261,17 @@ class SealedFile:
         place = index.to_bytes(4, "big")
         return head[4:] + place, self._id + place + head[:4]
 
-    def _buffer(self, name: str, size: int) -> memoryview:
-        """This thread's buffer of that name, made at its first use."""
-        buffer: memoryview | None = getattr(self._local, name, None)
-        if buffer is None:
-            buffer = memoryview(bytearray(size))
-            setattr(self._local, name, buffer)
-        return buffer
+
+_local = threading.local()
+
+
+def _buffer(name: str, size: int) -> memoryview:
+    """This thread's buffer of that name, as long as is needed; all its files share it, for there may be thousands."""
+    buffer: memoryview | None = getattr(_local, name, None)
+    if buffer is None or buffer.nbytes < size:
+        buffer = memoryview(bytearray(size))
+        setattr(_local, name, buffer)
+    return buffer[:size]
 
 
 def _check_index(index: int) -> None:

@@ -369,6 +369,14 @@ class SiteRecords:
                 f"before {last.hash.hex()}"
             )
 
+    def forget_heads(self) -> Head | None:
+        """A person has found out why the log is another than before, and goes on with it; the last head that was kept.
+        Alarms stay."""
+        with self._writing():
+            last = self._last_head()
+            self._db.execute("DELETE FROM heads")
+        return last
+
     def last_head(self) -> Head | None:
         """The furthest head that this site was shown."""
         with self._reading():

@@ -195,11 +195,21 @@ def write_starter(folder: Path, name: str, address: str, data_path: str | Path) 
         if path.exists():
             raise StateError(f"{path} is there already", hint="edit it, or choose another folder")
     data = str(data_path)
-    quoted = {"name": name, "address": address, "path": data if data == DEMO_DATA else str(Path(data).absolute())}
-    text = _SITE.format(**{key: json.dumps(value, ensure_ascii=False) for key, value in quoted.items()})
+    text = starter_settings(name, address, data if data == DEMO_DATA else str(Path(data).absolute()))
     parse_section(SiteSettings, text.encode(), settings)
     write_text(settings, text)
-    write_text(policy, _POLICY)
+    write_text(policy, starter_policy())
+
+
+def starter_settings(name: str, address: str, path: str) -> str:
+    """A commented `site.yaml`."""
+    values = {"name": name, "address": address, "path": path}
+    return _SITE.format(**{key: json.dumps(value, ensure_ascii=False) for key, value in values.items()})
+
+
+def starter_policy() -> str:
+    """A commented `policy.yaml` that denies every job."""
+    return _POLICY
 
 
 def _seen_from(folder: Path, path: str) -> str:

@@ -52,6 +52,7 @@ async def aside(num_bytes: int, work: Callable[[Unpack[Ts]], T], *arguments: *Ts
 class _Course:
     """How one transfer is going: its waits, and how often each chunk came through broken."""
 
+    link: Link
     log: Log
     what: dict[str, Any]
     backoff: Backoff = field(default_factory=Backoff)
@@ -60,6 +61,7 @@ class _Course:
 
     def moved(self) -> None:
         self.backoff.reset()
+        self.link.backoff.reset()  # a connection over which chunks come through is a good one, however short
         self.waiting = False
 
     async def wait(self, error: Exception) -> None:
@@ -100,7 +102,7 @@ class Transfer:
         if held is not None:
             return held
         arrival = await asyncio.to_thread(self._inbox.resume, run, digest)
-        course = _Course(self._log, {"run": run, "frame": digest[:12]})
+        course = _Course(self._link, self._log, {"run": run, "frame": digest[:12]})
         while arrival is None or arrival.first_missing() is not None:
             session = await self._link.session()
             try:
@@ -159,7 +161,7 @@ class Transfer:
             SiteError: a chunk came through broken three times, or the coordinator asks for one that there is not.
             Refused: the coordinator will not hear of it.
         """
-        course = _Course(self._log, {"frame": parcel.frame.digest[:12]})
+        course = _Course(self._link, self._log, {"frame": parcel.frame.digest[:12]})
         push = _Push(parcel, leaving, settling, course)
         await push.count_manifest()
         while True:
