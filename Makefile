@@ -1,5 +1,6 @@
 # make demo   set everything up and run the built-in example
 # make test   set everything up, check style, types and import contracts, and pass the tests
+# make test-chaos  kill, cut, pause and starve a federation of real processes; about ten minutes
 # make bench  print the benchmarks' figures on the built-in model
 # make docs   write the generated pages of docs/ anew
 # make proto  write wire/protocol_pb2.py and .pyi anew from protocol.proto
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint docs proto fuzz bench clean
+.PHONY: setup demo test test-chaos lint docs proto fuzz bench clean
 
 setup: .venv/.ready
 
@@ -23,7 +24,10 @@ demo: setup
 	$(BIN)/commonweight demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/chaos
+
+test-chaos: setup
+	$(BIN)/python -m pytest -n 2 tests/chaos
 
 lint: setup
 	$(BIN)/ruff check .
@@ -46,6 +50,9 @@ bench: setup
 	$(BIN)/python benchmarks/local_step.py --json
 	$(BIN)/python benchmarks/engine_overhead.py --trivial --json
 	$(BIN)/python benchmarks/engine_overhead.py --json
+	$(BIN)/python benchmarks/vault.py --json
+	$(BIN)/python benchmarks/network_round.py --mb 1 --sites 2 --rounds 40 --json
+	$(BIN)/python benchmarks/network_round.py --mb 512 --sites 4 --json
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -33,33 +34,35 @@ def test_a_paused_leader(
     death: Death,
     postgres: Cluster,  # noqa: F811
     postgres_url: str,  # noqa: F811
+    tmp_path: Path,
     make_world: Callable[..., World],
     measured: Measured,
 ) -> None:
-    world = make_world(database=postgres_url, blobs="file://shared", lease_s=2.0)
+    world = make_world(database=postgres_url, blobs=str(tmp_path / "blobs"), lease_s=2.0)
     first = world.begin(death)
-    other = world.second_replica()
     sites = world.site_names(3)
     world.enrol_sites(sites)
     with Proxy(world.ports["services"]).serving() as proxy:
-        world.route_all(sites, proxy.port)
+        world.route_lead(proxy.port)
         for site in sites:
+            world.route(site, proxy.port)
             world.begin_site(site)
         run = world.start_run(sites)
         first.wait_until_stopped()
         stopped = time.time()
-        second = other.begin()
-        proxy.target = other.ports["services"]
+        proxy.target = world.begin_second()
         proxy.cut()
-        world.patiently(lambda: world.store.run_row(run).has_ended, f"the run ends although {death}")
-        assert second.poll() is None
+        world.patiently(lambda: world.store.run_row(run).has_ended, f"the run ends, its first leader {death}")
         measured("leader stopped: until another has ended its run", time.time() - stopped, 30)
         first.go_on()
-        world.finish(run, tend=lambda: None)
-        world.patiently(lambda: "led by another replica by now" in world.log_of(first), "the first one notices")
-        world.check(run, everyone=sites, routed=True)
+        world.check(run, everyone=sites)
+        log = world.folder / "coordinator.log"
+        world.patiently(lambda: "led by another replica by now" in log.read_text(), "the first one notices")
+        proxy.target = world.ports["services"]
+        proxy.cut()
         again = world.start_run(sites)  # both serve on, and either may lead
-        world.finish(again, tend=lambda: None)
+        world.finish(again)
         world.check(again, everyone=sites)
     assert first.poll() is None
+    assert world.second.poll() is None
     assert [sorted(world.trained(site)) for site in sites] == [[1, 1, 2, 2, 3, 3]] * 3, "a site trained again"

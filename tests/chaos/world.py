@@ -6,6 +6,7 @@ The database is read directly, so that one can look while the coordinator is dow
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +17,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from benchmarks.federation import Federation, NoiseWorkshop, random_tensors
+from benchmarks.federation import Federation, NoiseWorkshop, free_ports, random_tensors
 from commonweight.coordinator.blobs import Blobs
-from commonweight.coordinator.settings import load_settings
+from commonweight.coordinator.settings import FILE, CoordinatorSettings, load_settings, settings_text
 from commonweight.coordinator.store import Run, Store, verify_chain
 from commonweight.errors import CommonweightError, StorageError, UnreachableError
 from commonweight.federation.messages import TrainTask
@@ -113,8 +114,29 @@ class World(Federation):
 
     def route(self, site: str, port: int) -> None:
         """From its next start on, a site that is enrolled dials another port."""
-        path = self.folder / "sites" / site / "identity" / "identity.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "address": f"127.0.0.1:{port}"}))
+        _dial(self.folder / "sites" / site / "identity", port)
+
+    def route_lead(self, port: int) -> None:
+        """From now on the lead dials another port."""
+        self.client().__exit__(None, None, None)  # who is enrolled at the first opportunity
+        _dial(self.lead_folder, port)
+
+    def begin_second(self, *deaths: Death) -> int:
+        """Start another replica, with a folder of its own; returns the port of its services."""
+        folder, ready = self.folder / "coordinator-2", self.folder / "ready-2"
+        if not folder.exists():
+            shutil.copytree(self.coordinator_folder, folder, ignore=shutil.ignore_patterns("scratch"))
+            (folder / "scratch").mkdir()
+            settings = load_settings(folder).model_dump()
+            ports = free_ports("listen", "listen_enrolment", "listen_http")
+            settings |= {name: f"127.0.0.1:{port}" for name, port in ports.items()}
+            (folder / FILE).write_text(settings_text(CoordinatorSettings(**settings)))
+        ready.unlink(missing_ok=True)
+        self._deaths = deaths
+        self.second: Process = self._start("coordinator-2", ["coordinator", str(folder), str(ready)])
+        self._deaths = ()
+        self.patiently(ready.exists, "the second replica serves")
+        return int(json.loads(ready.read_text())["services"])
 
     @property
     def main(self) -> Process:
@@ -322,13 +344,20 @@ class World(Federation):
         """Nothing individual outlives its round: no blob, no sealed file; and no half-written one either."""
         settings = load_settings(self.coordinator_folder)
         blobs = Blobs(settings.blobs_url(self.coordinator_folder), self.folder / "looking", **settings.blob_options)
-        scratch = self.coordinator_folder / "scratch"
 
         def left() -> list[str]:
-            files = [*scratch.glob("uploads/*.sealed"), *scratch.glob("frame-*"), *scratch.glob("runs/*")]
-            return [*blobs.keys(f"runs/{run}/updates"), *map(str, files)]
+            found = blobs.keys(f"runs/{run}/updates")
+            for scratch in self.folder.glob("coordinator*/scratch"):
+                files = [*scratch.glob("uploads/*.sealed"), *scratch.glob("frame-*"), *scratch.glob("runs/*")]
+                found += map(str, [*files, *scratch.glob(f"spares/{run}")])
+            return found
 
-        self.patiently(lambda: not left(), f"left behind: {left()}", seconds=20)
+        self.patiently(lambda: not left(), f"left behind: {left()}", seconds=60)
+
+
+def _dial(identity: Path, port: int) -> None:
+    path = identity / "identity.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "address": f"127.0.0.1:{port}"}))
 
 
 def _fits(event: dict[str, Any], name: str, fields: dict[str, Any]) -> bool:

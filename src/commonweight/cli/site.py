@@ -112,7 +112,9 @@ def run(directory: SiteArgument, quiet: QuietOption = False) -> None:
     from ..site.policy import PolicyFile
     from ..site.settings import POLICY_FILE, load_settings
     from ..site.workshop import RecipeWorkshop
+    from ..wire.buffers import bound_memory
 
+    bound_memory()
     settings = load_settings(directory)
     with _alone(directory), _records(directory) as records:
         identity = IdentityFolder.open(directory / "identity")

@@ -116,18 +116,30 @@ class Conductor:
         self.folder = context.scratch / "runs" / self.run_id
 
     def conduct(self) -> None:
-        """Carry the run to its end, or as far as this replica gets. Never raises what the run's people should see: it
-        is in the run's state."""
+        """Carry the run to its end, or as far as this replica gets. What the run's people should see is in its state.
+
+        Raises:
+            LeaseLost: another replica leads it by now.
+            StorageError, UnreachableError: the database or the blob store is away; the run is to be claimed again later.
+        """
+        try:
+            self._carry_on()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _carry_on(self) -> None:
         lease = self.led.lease
         try:
             self._conduct()
-        except (Stopped, LeaseLost):
+        except Stopped:
             return
+        except LeaseLost:
+            raise
         except Cancelled:
             self.store.set_run_state(self.run_id, "cancelled", lease=lease)
         except CommonweightError as error:
             if error.retry and isinstance(error, StorageError | UnreachableError):
-                raise  # the database or the blob store is away: the run is claimed again later
+                raise
             self.store.set_run_state(self.run_id, "failed", error=error.message, hint=error.hint, lease=lease)
         self._tidy()
 
@@ -137,7 +149,6 @@ class Conductor:
             self.here.discard(upload)
         self.here.receiver.forget_run(self.run_id)
         self.here.spares.forget(self.run_id)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _conduct(self) -> None:
         plan = self.here.plans.of(self.run_id)

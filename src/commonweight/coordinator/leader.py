@@ -18,6 +18,8 @@ _log = logging.getLogger(__name__)
 
 #: a run whose leading failed for want of a database or a blob store is tried again after this
 _PAUSE_S = 2.0
+#: runs to lead, and wishes to cancel, are looked for at most this often
+_LOOK_S = 0.2
 
 
 class Leader:
@@ -33,6 +35,7 @@ class Leader:
         self._news = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="leader", daemon=True)
         self._renewed_at: dict[str, float] = {}
+        self._cancelled: dict[str, tuple[float, str]] = {}
 
     def start(self) -> None:
         if not self.store.database.is_postgres:
@@ -63,7 +66,7 @@ class Leader:
                     _log.warning("runs cannot be led just now: %s", error.message)
                 self.here.metrics.leading.set(len(self._leases))
                 # a run that becomes waiting is told of on the bus; so is every step of those that are led
-                self._stopping.wait(0.02)
+                self._stopping.wait(_LOOK_S)
                 self._news.wait(self.lease_s / 4)
                 self._news.clear()
 
@@ -101,6 +104,8 @@ class Leader:
         led = Led(lease, partial(self._reason_to_stop, run))
         try:
             Conductor(self.here, led).conduct()
+        except LeaseLost:
+            _log.warning("run %s is led by another replica by now", run)
         except CommonweightError as error:
             _log.warning("run %s pauses: %s", run, error.message)
             self._stopping.wait(_PAUSE_S)
@@ -113,6 +118,7 @@ class Leader:
                 self.store.release(lease)
             with self._lock:
                 self._threads.pop(run, None)
+                self._cancelled.pop(run, None)
             self._news.set()
 
     def _fail(self, lease: Lease, error: Exception) -> None:
@@ -126,5 +132,8 @@ class Leader:
         """Why a run must not go on here, if so."""
         if self._stopping.is_set() or run not in self._leases:
             return Stopped("this replica stops leading the run")
-        cancelled_by = self.store.run_row(run).cancelled_by
+        looked_at, cancelled_by = self._cancelled.get(run, (0.0, ""))
+        if time.monotonic() - looked_at > _LOOK_S:
+            cancelled_by = self.store.run_row(run).cancelled_by
+            self._cancelled[run] = (time.monotonic(), cancelled_by)
         return Cancelled(f"cancelled by {cancelled_by}") if cancelled_by else None
