@@ -23,6 +23,8 @@ _PLACES = [
     Death("coordinator.journal:spend", "before", 3, signal.SIGSTOP),  # in the midst of the commit, its locks held
     Death("coordinator.store:Store.commit", "after", 3, signal.SIGSTOP),
     Death("coordinator.conduct:NetworkShelf.forget", "before", 2, signal.SIGSTOP),
+    Death("coordinator.receive:SealedFile.sync", "before", 4, signal.SIGSTOP),
+    Death("coordinator.receive:Blobs.put", "before", 5, signal.SIGSTOP),
     Death("coordinator.store:Store.accept_upload", "before", 4, signal.SIGSTOP),
     Death("coordinator.store:Store.accept_upload", "after", 4, signal.SIGSTOP),
     Death("coordinator.store:Store.add_tasks", "before", 4, signal.SIGSTOP),

@@ -143,9 +143,10 @@ def offer(site: Wayward, task: pb.Task, tensors: NamedTensors) -> pb.UploadStatu
             status = site.open(signed)
             if status.state == pb.UploadStatus.OPEN:
                 status = site.push(status.upload, site.chunks(tensors))
-        except grpc.RpcError as error:  # another push has ended it, or too many go on at once
-            assert error.code() == grpc.StatusCode.UNAVAILABLE
-            continue
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
+            continue  # another push has ended it, or too many go on at once
         if status.state in (pb.UploadStatus.ACCEPTED, pb.UploadStatus.REFUSED):
             return status
     raise AssertionError(status)

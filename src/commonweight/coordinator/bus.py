@@ -3,7 +3,7 @@
 A topic is a hint to look again, never the news itself; hints may come twice. `ALL` means that some may have been
 missed (the connection that listens is new, or was lost for a while): look at everything.
 
-    tasks/<site>   run/<id>   ended/<id>   events/<id>   sites   access
+    tasks/<site>   run/<id>   ended/<id>   events/<id>   runs   sites   access
 """
 
 from __future__ import annotations

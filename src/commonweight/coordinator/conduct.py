@@ -61,8 +61,10 @@ class NetworkShelf:
         kept = states if self.keep_rounds == "all" else dict(list(states.items())[-int(self.keep_rounds) :])
         last = states[max(states)]
         wanted = {state["base"] for state in kept.values()} | {last["base"], last["slots"], self.model.initial}
+        # a frame that is in no commit may be another leader's, who is about to commit it
+        known = {state[name] for state in states.values() for name in ("base", "slots")}
         files = self.here.files(self.run_id)
-        files.forget([digest for digest in files.digests() if digest not in wanted])
+        files.forget([digest for digest in files.digests() if digest in known - wanted])
 
     def forget_updates(self) -> None:
         for upload in self.here.store.spent_uploads(self.run_id):
@@ -120,11 +122,12 @@ class Conductor:
 
         Raises:
             LeaseLost: another replica leads it by now.
-            StorageError, UnreachableError: the database or the blob store is away; the run is to be claimed again later.
+            StorageError, UnreachableError: the database or the blob store is away; the run is to be claimed anew later.
         """
         try:
             self._carry_on()
         finally:
+            self.here.spares.forget(self.run_id)
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _carry_on(self) -> None:
@@ -148,7 +151,6 @@ class Conductor:
         for upload in self.store.spent_uploads(self.run_id):
             self.here.discard(upload)
         self.here.receiver.forget_run(self.run_id)
-        self.here.spares.forget(self.run_id)
 
     def _conduct(self) -> None:
         plan = self.here.plans.of(self.run_id)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -38,6 +39,7 @@ from .presence import Presence
 from .receive import weight_of
 from .store import Lease, Store, TaskRow, Upload
 from .stored_model import StoredUpdate
+from .tasks import OPEN
 from .vault import Vault
 
 _KINDS: dict[type[Task], str] = {
@@ -48,6 +50,8 @@ _KINDS: dict[type[Task], str] = {
 }
 #: without a notice, the state is looked at this often: for deadlines, and for sites that went away
 _LOOK_S = 0.5
+#: with more tasks than this, looks are spaced out
+_FEW = 16
 
 
 class Stopped(CommonweightError):
@@ -186,12 +190,16 @@ class Errand:
             self._begin()
             for index in range(len(self.tasks)):
                 while index not in self.decided:
+                    began = time.monotonic()
                     self.engine.led.check()
                     news.clear()
                     self._look()
                     if index not in self.decided:
                         self.engine.flush()
+                        took = time.monotonic() - began
                         news.wait(self._patience())
+                        if len(self.tasks) > _FEW:  # many answer at once: no look for each, but one for all of a while
+                            time.sleep(min(took, _LOOK_S))
                 yield self.outcome_of.pop(index)
 
     def _decide(self, index: int, outcome: Outcome) -> None:
@@ -207,6 +215,7 @@ class Errand:
             if found is not None and found[0].phase is Phase.ABANDONED:
                 fresh = reopened(found[0])
             round, _ = self.store.open_round(lease, fresh, self.engine.base)
+        waiting = set(round.waiting) if round is not None else set[str]()
         known = {row.id: row for row in self.store.tasks(lease.run, self.round)}
         new = []
         for index, task in enumerate(self.tasks):
@@ -215,7 +224,7 @@ class Errand:
                 self.rows[index] = standing
                 if isinstance(task, TrainTask):
                     self.deadline_at = standing.deadline_at
-            elif round is None or not isinstance(task, TrainTask) or task.site in round.waiting:
+            elif not isinstance(task, TrainTask) or task.site in waiting:
                 deadline_at = self.deadline_at if isinstance(task, TrainTask) else None
                 self.rows[index] = self.engine.row(task, self.round, deadline_at, attempt)
                 new.append(self.rows[index])
@@ -239,18 +248,17 @@ class Errand:
 
     def _look(self) -> None:
         """Take in replies, failures, absences and the deadline."""
-        known = {row.id: row for row in self.store.tasks(self.engine.run_id, self.round)}
+        states = self.store.task_states(self.engine.run_id, self.round)
         round = self._round_now()
+        waiting = set(round.waiting) if round is not None else set[str]()
         for index, task in enumerate(self.tasks):
-            if index in self.decided:
+            if index in self.decided or self.rows[index].id not in states:
                 continue
-            row = known.get(self.rows[index].id)
-            if row is None:
-                continue
-            if isinstance(task, TrainTask) and round is not None:
-                self._train(index, row, round, known)
-            else:
-                self._other(index, task, row)
+            site, state = states[self.rows[index].id]
+            if not isinstance(task, TrainTask):
+                self._other(index, task, site, state)
+            elif site in waiting and state in ("failed", "refused"):
+                self._train(index)
         if round is not None and round.phase is Phase.OPEN:
             round = self._absences(round)
         if round is not None:
@@ -260,10 +268,10 @@ class Errand:
         found = self.store.round_state(self.engine.run_id, self.round) if self.trains else None
         return found[0] if found is not None else None
 
-    def _train(self, index: int, row: TaskRow, round: Round, known: Mapping[str, TaskRow]) -> None:
+    def _train(self, index: int) -> None:
         """A training task that its site could not or would not do. One that was done shows in the round."""
-        if row.state not in ("failed", "refused") or row.site not in round.waiting:
-            return
+        known = {row.id: row for row in self.store.tasks(self.engine.run_id, self.round)}
+        row = known[self.rows[index].id]
         _, attempts = self._standing(self.tasks[index], known)
         if row.state == "failed" and attempts <= self.spec.retries:
             self.engine.events.emit("task_repeated", round=self.round, site=row.site, reason=row.reason)
@@ -273,35 +281,38 @@ class Errand:
         why = f"its policy refused: {row.reason}" if row.state == "refused" else row.reason
         self.store.apply(row.run, self.round, Failed(row.site, self.round, why))
 
-    def _other(self, index: int, task: Task, row: TaskRow) -> None:
+    def _other(self, index: int, task: Task, site: str, state: str) -> None:
+        name = self.rows[index].id
+        if state in OPEN:
+            away = self.engine.presence.away_for(site)
+            if away is not None and away > self.spec.patience_s:
+                reason = f"the site has been away for {away:.0f} s"
+                self.store.withdraw(self.engine.led.lease, [name], reason)
+                self._decide(index, Dropped(task, reason))
+            return
+        row = self.store.task(name)
+        assert row is not None
         match row.state:
             case "done":
                 self._decide(index, _answered(task, row))
             case "refused":
                 self._decide(index, Dropped(task, f"its policy refused: {row.reason}"))
-            case "failed":
-                self._decide(index, Dropped(task, row.reason))
-            case "withdrawn":
-                self._decide(index, Dropped(task, row.reason or "it was withdrawn"))
             case _:
-                away = self.engine.presence.away_for(row.site)
-                if away is not None and away > self.spec.patience_s:
-                    reason = f"the site has been away for {away:.0f} s"
-                    self.store.withdraw(self.engine.led.lease, [row.id], reason)
-                    self._decide(index, Dropped(task, reason))
+                self._decide(index, Dropped(task, row.reason or f"it was {row.state}"))
 
     def _absences(self, round: Round) -> Round:
         """Give up sites that have been away for too long, if the quorum can be had without them; and the deadline."""
         if self.deadline_at is not None and self.store.database.clock() >= self.deadline_at:
             self.store.apply(self.engine.run_id, self.round, DeadlinePassed(self.round), lease=self.engine.led.lease)
             return self._round_now() or round
+        waiting = set(round.waiting)
         away = {site: self.engine.presence.away_for(site) for site in round.waiting}
         gone = {site: seconds for site, seconds in away.items() if seconds is not None}
         for site in gone:
             if site not in self.waits:
                 self.waits.add(site)
                 self.engine.events.emit("site_away", round=self.round, site=site)
-        for site in [site for site in self.waits if site not in gone and site in round.waiting]:
+        for site in [site for site in self.waits if site not in gone and site in waiting]:
             self.waits.discard(site)
             self.engine.events.emit("site_back", round=self.round, site=site)
         revoked = {p.name for p in self.store.principals("site") if p.state != ACTIVE} if gone else set()
@@ -310,7 +321,7 @@ class Errand:
             self.store.apply(self.engine.run_id, self.round, Failed(site, self.round, reason))
             del gone[site]
         lost = {site: seconds for site, seconds in gone.items() if seconds > self.spec.patience_s}
-        present = len(round.waiting) - len(lost)
+        present = len(waiting) - len(lost)
         if not lost or len(round.answered) + present < round.needed:
             return (self._round_now() or round) if revoked else round
         for site, seconds in lost.items():
@@ -321,9 +332,10 @@ class Errand:
     def _settle(self, round: Round) -> None:
         """Outcomes that follow from the round's state."""
         fresh = [i for i, t in enumerate(self.tasks) if isinstance(t, TrainTask) and i not in self.decided]
+        answered = {site_of(self.tasks[index]) for index in fresh}.intersection(round.answered)
         uploads: dict[str, Upload] = {}
-        if any(site_of(self.tasks[index]) in round.answered for index in fresh):
-            uploads = {u.site: u for u in self.store.accepted_uploads(self.engine.run_id, self.round)}
+        if answered:
+            uploads = {u.site: u for u in self.store.accepted_uploads(self.engine.run_id, self.round, answered)}
         closed = round.phase is not Phase.OPEN
         late = []
         for index in fresh:

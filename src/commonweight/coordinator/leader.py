@@ -56,7 +56,7 @@ class Leader:
             return sorted(self._leases)
 
     def _watch(self) -> None:
-        with self.store.bus.subscribe("run/", self._news.set):
+        with self.store.bus.subscribe("runs", self._news.set):
             while not self._stopping.is_set():
                 try:
                     self._renew()
@@ -65,7 +65,7 @@ class Leader:
                 except CommonweightError as error:
                     _log.warning("runs cannot be led just now: %s", error.message)
                 self.here.metrics.leading.set(len(self._leases))
-                # a run that becomes waiting is told of on the bus; so is every step of those that are led
+                # a run that begins to wait for a leader, or goes on to another state, is told of on the bus
                 self._stopping.wait(_LOOK_S)
                 self._news.wait(self.lease_s / 4)
                 self._news.clear()

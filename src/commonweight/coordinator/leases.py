@@ -106,7 +106,7 @@ class LeasesPart(Part):
         """
         hold(tx, lease)
         tx.execute(leases.update().where(leases.c.run == lease.run).values(owner="", until=0.0))
-        tx.publish(f"run/{lease.run}")
+        tx.publish(f"run/{lease.run}", "runs")
 
     @writing
     def end_leases(self, tx: Writing) -> None:

@@ -362,6 +362,8 @@ class Receiver:
                 self.blobs.delete(receipt.blob)
         row = self.store.upload(receipt.id)
         assert row is not None
+        if not row.blob:  # another replica had it from the site too, and its round is over
+            self.blobs.delete(receipt.blob)
         return self._status_of(row)
 
     def _status_of(self, row: Upload) -> UploadStatus:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import QuorumError, SiteError
@@ -21,8 +22,11 @@ from .access import ACTIVE
 from .answers import checked_facts
 from .engine import NetworkEngine
 from .store import TaskRow
+from .tasks import OPEN
 
 _LOOK_S = 0.5
+#: while more sites than this are waited for, looks are spaced out
+_FEW = 16
 
 
 class Roster:
@@ -33,7 +37,7 @@ class Roster:
         self.store, self.plan = engine.store, engine.plan
         self.spec = engine.plan.recipe.federation
         self.named = tuple(self.plan.job.sites)
-        self._asked: set[str] = set()
+        self._tasks: dict[str, str] = {}
 
     def expected(self) -> tuple[str, ...]:
         """The sites that may take part, in the order of folding."""
@@ -64,25 +68,29 @@ class Roster:
         with bus.subscribe(f"run/{self.engine.run_id}", news.set), bus.subscribe("sites", news.set):
             joined = -1
             while True:
+                began = time.monotonic()
                 self.engine.led.check()
                 news.clear()
                 waiting = self.ask()
-                now = len(self.joined())
+                now = sum(state == "joined" for state in self.store.member_states(self.engine.run_id).values())
                 if now != joined:
                     joined, since = now, time.monotonic()
                 if self._may_begin(joined, waiting, time.monotonic() - since):
                     return
                 self.engine.flush()
+                took = time.monotonic() - began
                 news.wait(_LOOK_S)
+                if len(waiting) > _FEW:  # many answer at once: no look for each, but one for all of a while
+                    time.sleep(min(took, _LOOK_S))
 
-    def _may_begin(self, joined: int, waiting: list[TaskRow], quiet_s: float) -> bool:
+    def _may_begin(self, joined: int, waiting: Mapping[str, str], quiet_s: float) -> bool:
         size = self.spec.cohort.size(max(1, len(self.expected())))
         enough = joined >= answers_needed(self.spec, size) and joined >= (self.spec.cohort.count or 1)
         if not waiting and (self.named or self.expected()):
             if not enough and self.named:
                 self._refuse(joined, size)
             return enough
-        busy = any(row.state == "taken" and self.engine.presence.away_for(row.site) is None for row in waiting)
+        busy = any(state == "taken" and self.engine.presence.away_for(site) is None for site, state in waiting.items())
         return enough and not busy and quiet_s > self.spec.patience_s
 
     def _refuse(self, joined: int, size: int) -> None:
@@ -93,34 +101,36 @@ class Roster:
             hint="mend what the sites say, then submit again",
         )
 
-    def ask(self) -> list[TaskRow]:
-        """Ask everybody who was not asked, hear who has answered; the tasks of those who have not."""
-        run = self.engine.run_id
-        members = {member.site: member.state for member in self.store.members(run)}
-        rows = {row.site: row for row in self.store.tasks(run, 0) if row.kind == "join"}
-        new = [self._task(site) for site in self.expected() if site not in rows]
-        if new:
-            self.store.add_tasks(self.engine.led.lease, new)
-        waiting, active = list(new), self._active()
-        for site, row in rows.items():
-            if members.get(site) in ("joined", "refused"):
+    def ask(self) -> dict[str, str]:
+        """Ask everybody who was not asked, hear who has answered; the state of the others' tasks, by site."""
+        run, active = self.engine.run_id, self._active()
+        states, members = self.store.task_states(run, 0), self.store.member_states(run)
+        new = [site for site in self.named or sorted(active) if self._task_of(site) not in states]
+        rows = [TaskRow(id=self._task_of(s), run=run, round=0, site=s, kind="join", body=b"{}") for s in new]
+        if rows:
+            self.store.add_tasks(self.engine.led.lease, rows)
+        waiting = dict.fromkeys(new, "offered")
+        for name, (site, state) in states.items():
+            if name != self._task_of(site) or members.get(site) in ("joined", "refused"):
                 continue
-            if not row.is_open:
-                self._hear(row)
+            if state not in OPEN:
+                self._hear(name)
             elif site in active:
-                waiting.append(row)
+                waiting[site] = state
             else:
-                self._refused(row, "its enrolment was revoked")
+                self._refused(site, "its enrolment was revoked")
         return waiting
 
-    def _task(self, site: str) -> TaskRow:
-        run = self.engine.run_id
-        return TaskRow(
-            id=self.engine.task_id(None, "join", site, 0, 0), run=run, round=0, site=site, kind="join", body=b"{}"
-        )
+    def _task_of(self, site: str) -> str:
+        """The id of the task by which a site is asked to join."""
+        if site not in self._tasks:
+            self._tasks[site] = self.engine.task_id(None, "join", site, 0, 0)
+        return self._tasks[site]
 
-    def _hear(self, row: TaskRow) -> None:
+    def _hear(self, task: str) -> None:
         """A site has answered: it joins, or it does not and says why."""
+        row = self.store.task(task)
+        assert row is not None
         reason = row.reason
         if row.state == "done":
             try:
@@ -131,11 +141,11 @@ class Roster:
                 self.store.put_member(row.run, row.site, "joined", facts)
                 self.events.emit("site_joined", site=row.site, steps=facts["steps"])
                 return
-        self._refused(row, reason)
+        self._refused(row.site, reason)
 
-    def _refused(self, row: TaskRow, reason: str) -> None:
-        self.store.put_member(row.run, row.site, "refused", reason=reason)
-        self.events.emit("site_refused", site=row.site, reason=reason)
+    def _refused(self, site: str, reason: str) -> None:
+        self.store.put_member(self.engine.run_id, site, "refused", reason=reason)
+        self.events.emit("site_refused", site=site, reason=reason)
 
     # --- rounds
 

@@ -121,7 +121,7 @@ class RunsPart(Part):
             tx.execute(leases.insert(), {"run": run_id, "epoch": 0, "owner": "", "until": 0.0})
             tx.execute(event_counts.insert(), {"run": run_id, "last": 0})
             append(tx, "run submitted", actor=signer, subject=run_id, name=name)
-            tx.publish(f"run/{run_id}")
+            tx.publish(f"run/{run_id}", "runs")
         return run
 
     @writing
@@ -189,6 +189,12 @@ class RunsPart(Part):
         tx.publish(f"run/{run}")
 
     @reading
+    def member_states(self, connection: sa.Connection, run: str) -> dict[str, str]:
+        """The state of each member, by site: what is wanted often, of many."""
+        query = sa.select(members.c.site, members.c.state).where(members.c.run == run)
+        return {row.site: row.state for row in connection.execute(query)}
+
+    @reading
     def members(self, connection: sa.Connection, run: str) -> list[Member]:
         """By site's name."""
         query = sa.select(members).where(members.c.run == run).order_by(members.c.site)
@@ -221,5 +227,6 @@ def _set_state(tx: Writing, run: str, state: str, error: str, hint: str, *, acto
     if ended:
         withdraw_where(tx, run, reason=f"the run is {state}")
         tx.publish(f"ended/{run}")
+    tx.publish("runs")
     append(tx, f"run {state}", actor=actor, subject=run, **({"error": error} if error else {}))
     tx.publish(f"run/{run}")

@@ -169,15 +169,15 @@ class FederationService:
         if state == "taken":
             store.reply(task, site, state, reason)
             return
-        before = store.task(task)
-        is_open = before is not None and before.is_open
-        if is_open and before is not None and before.kind == "train" and state == "done":
-            # an update that was accepted has ended its task already
+        known = store.task(task)
+        if known is None or (known.site == site and not known.is_open):
+            return  # over, or said before
+        if known.kind == "train" and state == "done":  # an update that was accepted has ended its task already
             state, reason = "failed", "it says that it is done, but no update of it was accepted"
-        row = store.reply(task, site, state, reason, result)
-        if is_open and row is not None and state in ("refused", "failed"):
-            details = {"run": row.run, "round": row.round, "kind": row.kind, "reason": reason}
-            store.audit(f"task {state}", actor=site, subject=row.id, **details)
+        store.reply(task, site, state, reason, result)
+        if state in ("refused", "failed"):
+            details = {"run": known.run, "round": known.round, "kind": known.kind, "reason": reason}
+            store.audit(f"task {state}", actor=site, subject=task, **details)
 
     async def GetJob(self, request: JobRequest, holder: Holder, context: Any) -> SignedJob:
         plan = await self.here.away(self.here.plan_for, request.run, holder)

@@ -15,7 +15,7 @@ from any thread, and block: call them from an event loop through a thread.
     uploads.py   open_upload upload find_upload accept_upload refuse_upload accepted_uploads spent_uploads leftovers
                  forget_upload
     events.py    add_events events attend seen left attending
-    bus.py       store.bus.subscribe(prefix): tasks/<site> run/<id> ended/<id> events/<id> sites access
+    bus.py       store.bus.subscribe(prefix): tasks/<site> run/<id> ended/<id> events/<id> runs sites access
 
 Rounds come and go as `federation.round.Round`. Methods that take a Lease raise LeaseLost, and change nothing, once it
 has run out or another replica leads the run.

@@ -8,6 +8,7 @@ so that a repeat gets the answer that the first got; its key and the name of its
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,14 +170,16 @@ class UploadsPart(Part):
         return _refuse(tx, upload, code, reason)
 
     @reading
-    def accepted_uploads(self, connection: sa.Connection, run: str, round: int) -> list[Upload]:
-        """What a round has to fold, by site's name."""
+    def accepted_uploads(
+        self, connection: sa.Connection, run: str, round: int, sites: Collection[str] | None = None
+    ) -> list[Upload]:
+        """What a round has to fold, by site's name; of these sites alone if they are given."""
         query = (
             sa.select(uploads)
             .where(uploads.c.run == run, uploads.c.round == round, uploads.c.state == "accepted")
             .order_by(uploads.c.site)
         )
-        return _rows(connection.execute(query))
+        return _rows(connection.execute(query if sites is None else query.where(uploads.c.site.in_(sites))))
 
     @reading
     def spent_uploads(self, connection: sa.Connection, run: str) -> list[Upload]:

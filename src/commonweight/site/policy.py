@@ -401,7 +401,9 @@ class Decision:
         if not self.allowed:
             raise PolicyError(f"this site's policy does not allow it: {self.text}", hint=_LEAD_HINT)
         if self.needs_approval:
-            raise PolicyError("a person at this site must approve the run first", hint="commonweight site approve RUN")
+            raise PolicyError(
+                "a person at this site must approve the run first", hint="commonweight site approve DIR RUN"
+            )
 
 
 _LEAD_HINT = "the lead may submit another job; only the site's owner can change its policy.yaml"

@@ -259,7 +259,7 @@ privacy:
   secure_aggregation_required: false   # true: only jobs that reveal no single site's update to the coordinator
 
 remote_code: false          # always false: code from a model's folder is never run
-approval: every-run         # every-run: a person says `commonweight site approve RUN`. first-run: once a signer. none
+approval: every-run         # every-run: a person says `commonweight site approve DIR RUN`. first-run, none
 share:
   scores: total             # of held-out rows: rows (each row's loss), total (their sum), none
   samples: false            # true: the model's answers to this site's held-out prompts may leave, prompts included
