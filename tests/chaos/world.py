@@ -104,6 +104,15 @@ class World(Federation):
             self._deaths = ()
         return self.site_of[name]
 
+    def begin_recipe_site(self, name: str, *deaths: Death) -> Process:
+        """Start a site that is enrolled and really trains (recipe_site.py), for the first time or again."""
+        self._deaths = deaths
+        try:
+            self.site_of[name] = self._start(name, ["recipe-site", str(self.folder / "sites" / name)])
+        finally:
+            self._deaths = ()
+        return self.site_of[name]
+
     def begin_all(self, count: int = 3, *, deaths: Sequence[Death] = ()) -> list[str]:
         """The coordinator, to die as told, and some sites, each a process of its own."""
         self.begin(*deaths)

@@ -148,6 +148,8 @@ class NetworkProgress(Progress):
                 return f"site {fields['site']} has joined"
             case "site_refused":
                 return f"site {fields['site']} does not take part: {fields['reason']}"
+            case "waiting_for_sites":
+                return f"all {fields['asked']} sites asked have answered, {fields['joined']} have joined"
             case "loaded":
                 return None
             case "engine_started":

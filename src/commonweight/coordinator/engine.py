@@ -219,7 +219,8 @@ class Errand:
         known = {row.id: row for row in self.store.tasks(lease.run, self.round)}
         new = []
         for index, task in enumerate(self.tasks):
-            standing, attempt = self._standing(task, known)
+            lost = round is not None and isinstance(task, TrainTask) and task.site in round.waiting
+            standing, attempt = self._standing(task, known, lost=lost)
             if standing is not None:
                 self.rows[index] = standing
                 if isinstance(task, TrainTask):
@@ -230,11 +231,15 @@ class Errand:
                 new.append(self.rows[index])
         self.store.add_tasks(lease, new)
 
-    def _standing(self, task: Task, known: Mapping[str, TaskRow]) -> tuple[TaskRow | None, int]:
-        """The row of a task that is out already and not in vain, and the number of rows that were in vain."""
+    def _standing(self, task: Task, known: Mapping[str, TaskRow], *, lost: bool) -> tuple[TaskRow | None, int]:
+        """The row of a task that is out already and not in vain, and the number of rows that were in vain.
+
+        Args:
+            lost: what the site says that it has done is not here: this coordinator was restored from a copy.
+        """
         attempt = 0
         while (row := known.get(self.engine.row(task, self.round, None, attempt).id)) is not None:
-            if row.is_open or row.state == "done":
+            if row.is_open or (row.state == "done" and not lost):
                 return row, attempt
             attempt += 1
         return None, attempt
@@ -257,7 +262,7 @@ class Errand:
             site, state = states[self.rows[index].id]
             if not isinstance(task, TrainTask):
                 self._other(index, task, site, state)
-            elif site in waiting and state in ("failed", "refused"):
+            elif site in waiting and state in ("failed", "refused", "done"):
                 self._train(index)
         if round is not None and round.phase is Phase.OPEN:
             round = self._absences(round)
@@ -269,16 +274,16 @@ class Errand:
         return found[0] if found is not None else None
 
     def _train(self, index: int) -> None:
-        """A training task that its site could not or would not do. One that was done shows in the round."""
+        """A training task that its site could not or would not do; or that it has done, and what it brought is lost."""
         known = {row.id: row for row in self.store.tasks(self.engine.run_id, self.round)}
         row = known[self.rows[index].id]
-        _, attempts = self._standing(self.tasks[index], known)
-        if row.state == "failed" and attempts <= self.spec.retries:
+        _, attempts = self._standing(self.tasks[index], known, lost=True)
+        if row.state != "refused" and attempts <= self.spec.retries:
             self.engine.events.emit("task_repeated", round=self.round, site=row.site, reason=row.reason)
             self.rows[index] = self.engine.row(self.tasks[index], self.round, self.deadline_at, attempts)
             self.store.add_tasks(self.engine.led.lease, [self.rows[index]])
             return
-        why = f"its policy refused: {row.reason}" if row.state == "refused" else row.reason
+        why = f"its policy refused: {row.reason}" if row.state == "refused" else row.reason or "its update is lost"
         self.store.apply(row.run, self.round, Failed(row.site, self.round, why))
 
     def _other(self, index: int, task: Task, site: str, state: str) -> None:

@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 #: a revocation is noticed within this time even if the bus lost the notice
 _FRESH_S = 5.0
+#: the same trouble is logged this often
+_COMPLAIN_S = 10.0
 #: what an error may take of a call's metadata; gRPC refuses to send more than 8 KiB of them
 _MESSAGE_CHARS, _HINT_CHARS = 1500, 500
 #: who has shown no identity
@@ -168,6 +170,23 @@ class _Namespace:
         self.__dict__.update(functions)
 
 
+class _Complaints:
+    """Warnings, each at most once in a while: callers try again and again."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, float] = {}
+
+    def warn(self, method: str, message: str) -> None:
+        now = time.monotonic()
+        self._said = {text: at for text, at in self._said.items() if now - at < _COMPLAIN_S}
+        if message not in self._said:
+            self._said[message] = now
+            _log.warning("%s cannot be answered just now: %s", method, message)
+
+
+_complaints = _Complaints()
+
+
 async def fail(context: Any, method: str, error: Exception) -> NoReturn:
     """End a call with what went wrong, said so that the other side can tell its person."""
     if isinstance(error, grpc.aio.AbortError | asyncio.CancelledError):
@@ -178,6 +197,8 @@ async def fail(context: Any, method: str, error: Exception) -> NoReturn:
             grpc.StatusCode.INTERNAL, "the coordinator failed in a way that it should not; its log says more"
         )
     assert isinstance(error, CommonweightError)
+    if isinstance(error, StorageError):
+        _complaints.warn(method, error.message)
     status = next((code for kind, code in _STATUS if isinstance(error, kind)), grpc.StatusCode.UNKNOWN)
     kind = next(kind.__name__ for kind in type(error).__mro__ if not kind.__name__.startswith("_"))
     details = {"kind": kind, "hint": error.hint[:_HINT_CHARS], "retry": error.retry}

@@ -66,13 +66,16 @@ class Roster:
         news = threading.Event()
         bus, since = self.store.bus, time.monotonic()
         with bus.subscribe(f"run/{self.engine.run_id}", news.set), bus.subscribe("sites", news.set):
-            joined = -1
+            joined, told = -1, (-1, -1)
             while True:
                 began = time.monotonic()
                 self.engine.led.check()
                 news.clear()
                 waiting = self.ask()
                 now = sum(state == "joined" for state in self.store.member_states(self.engine.run_id).values())
+                if not waiting and (now, len(self.expected())) != told:  # nobody is left to wait for, but newcomers
+                    told = (now, len(self.expected()))
+                    self.events.emit("waiting_for_sites", joined=told[0], asked=told[1])
                 if now != joined:
                     joined, since = now, time.monotonic()
                 if self._may_begin(joined, waiting, time.monotonic() - since):

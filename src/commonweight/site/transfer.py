@@ -162,7 +162,7 @@ class Transfer:
             Refused: the coordinator will not hear of it.
         """
         course = _Course(self._link, self._log, {"frame": parcel.frame.digest[:12]})
-        push = _Push(parcel, leaving, settling, course)
+        push = _Push(parcel, leaving, settling, course, fewest=parcel.frame.plan.num_chunks)
         await push.count_manifest()
         while True:
             session = await self._link.session()
@@ -186,6 +186,7 @@ class _Push:
     """One update on its way out.
 
     Args:
+        fewest: how many chunks the coordinator missed when it missed fewest.
         counted: chunks whose bytes `leaving` was told of, and that have not been sent since.
     """
 
@@ -193,6 +194,7 @@ class _Push:
     leaving: Leaving
     settling: Callable[[bool], None]
     course: _Course
+    fewest: int
     counted: set[int] = field(default_factory=set)
 
     async def count_manifest(self) -> None:
@@ -203,6 +205,9 @@ class _Push:
 
     async def send(self, session: Session, status: pb.UploadStatus) -> pb.UploadStatus:
         """One call: the chunks that are missing, in the order in which they were asked for."""
+        if len(status.missing) < self.fewest:  # what was sent has arrived, and was kept
+            self.course.moved()
+            self.fewest = len(status.missing)
         await self._count(status.missing)
         self.settling(False)
         sent: list[int] = []
@@ -237,7 +242,6 @@ class _Push:
             if call.done():  # what it answered, the call itself will tell
                 return False
             raise
-        self.course.moved()
         return True
 
     def _note_broken(self, sent: list[int], missing: set[int]) -> None:
