@@ -95,6 +95,25 @@ def test_submitting_can_be_repeated(death: Death, make_world: Callable[..., Worl
     world.check(run, everyone=sites)
 
 
+def test_a_cancelled_run_leaves_nothing_behind(make_world: Callable[..., World]) -> None:
+    """The coordinator dies when the run is cancelled, before the updates that were accepted are deleted."""
+    world = make_world()
+    dying = world.begin(Death("coordinator.conduct:Conductor._tidy"))
+    sites = world.site_names(3)
+    for site in sites[:2]:
+        world.begin_site(site)
+    world.begin_site(sites[2], Death("benchmarks.federation:NoiseWorkshop.train"))
+    run = world.start_run(sites)
+    world.patiently(lambda: len(world.store.accepted_uploads(run, 1)) == 2, "two sites have answered")
+    with world.client() as client:
+        client.cancel(run)
+    dying.wait()
+    assert world.store.run_row(run).state == "cancelled"
+    assert world.left_of(run)
+    world.begin()
+    world.check_tidy(run)
+
+
 def test_what_is_expected_is_what_an_undisturbed_run_gives(make_world: Callable[..., World]) -> None:
     world = make_world()
     sites = world.begin_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 
@@ -10,7 +11,35 @@ import pytest
 from tests.postgres import Cluster, postgres, postgres_url  # noqa: F401  (fixtures)
 
 from .conftest import Measured
+from .nursery import Death
 from .world import World
+
+
+#: in a transaction whose commit the database does not live to see: a round's, and an update's
+_MIDST = ["coordinator.journal:spend", "coordinator.uploads:append"]
+
+
+@pytest.mark.parametrize("place", _MIDST, ids=lambda place: place.partition(":")[2])
+def test_the_database_crashes_in_a_transaction(
+    place: str,
+    postgres: Cluster,  # noqa: F811
+    postgres_url: str,  # noqa: F811
+    make_world: Callable[..., World],
+) -> None:
+    world = make_world(database=postgres_url)
+    coordinator = world.begin(Death(place, "after", 3, signal.SIGSTOP))
+    sites = world.site_names(3)
+    for site in sites:
+        world.begin_site(site)
+    run = world.start_run(sites)
+    coordinator.wait_until_stopped()
+    postgres.stop(signal.SIGQUIT)
+    postgres.start()
+    coordinator.go_on()
+    world.finish(run)
+    assert coordinator.poll() is None
+    world.check(run, everyone=sites)
+    assert [world.trained(site) for site in sites] == [[1, 2, 3]] * 3, "a site trained again"
 
 
 @pytest.mark.parametrize("away_s", [5.0, 60.0])

@@ -351,17 +351,17 @@ class World(Federation):
 
     def check_tidy(self, run: str) -> None:
         """Nothing individual outlives its round: no blob, no sealed file; and no half-written one either."""
+        self.patiently(lambda: not self.left_of(run), f"left behind: {self.left_of(run)}", seconds=60)
+
+    def left_of(self, run: str) -> list[str]:
+        """What there is of single updates of a run, and of half-written files."""
         settings = load_settings(self.coordinator_folder)
         blobs = Blobs(settings.blobs_url(self.coordinator_folder), self.folder / "looking", **settings.blob_options)
-
-        def left() -> list[str]:
-            found = blobs.keys(f"runs/{run}/updates")
-            for scratch in self.folder.glob("coordinator*/scratch"):
-                files = [*scratch.glob("uploads/*.sealed"), *scratch.glob("frame-*"), *scratch.glob("runs/*")]
-                found += map(str, [*files, *scratch.glob(f"spares/{run}")])
-            return found
-
-        self.patiently(lambda: not left(), f"left behind: {left()}", seconds=60)
+        found = blobs.keys(f"runs/{run}/updates")
+        for scratch in self.folder.glob("coordinator*/scratch"):
+            files = [*scratch.glob("uploads/*.sealed"), *scratch.glob("frame-*"), *scratch.glob("runs/*")]
+            found += map(str, [*files, *scratch.glob(f"spares/{run}")])
+        return found
 
 
 def _dial(identity: Path, port: int) -> None:

@@ -56,8 +56,19 @@ def digest(metrics: dict[str, Any]) -> str:
     return str(metrics["adapter"]["digest"])
 
 
+@pytest.fixture(autouse=True)
+def children_of_others() -> Iterator[None]:
+    """Other tests' servers may be children of this process too."""
+    OTHERS.update(psutil.Process().children(recursive=True))
+    yield
+    OTHERS.clear()
+
+
+OTHERS: set[psutil.Process] = set()
+
+
 def no_children_are_left() -> bool:
-    return not psutil.Process().children(recursive=True)
+    return not set(psutil.Process().children(recursive=True)) - OTHERS
 
 
 @pytest.fixture
