@@ -575,7 +575,7 @@ def test_what_has_happened_is_told_and_what_has_not_is_not(sqlite_url: str, open
         store.redeem_token("t1", b"k" * 32)
         assert told.take() == {"access"}
         store.set_run_state("r1", "finished")
-        assert told.take() == {"run/r1", "ended/r1", "tasks/c"}
+        assert told.take() == {"run/r1", "runs", "ended/r1", "tasks/c"}
 
 
 def test_replicas_hear_each_other(postgres_url: str, opened: Callable[..., Store]) -> None:
