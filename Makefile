@@ -27,7 +27,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/chaos
 
 test-chaos: setup
-	$(BIN)/python -m pytest -n 2 tests/chaos
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/chaos
 
 lint: setup
 	$(BIN)/ruff check .

@@ -14,7 +14,6 @@ from .conftest import Measured
 from .nursery import Death
 from .world import World
 
-
 #: in a transaction whose commit the database does not live to see: a round's, and an update's
 _MIDST = ["coordinator.journal:spend", "coordinator.uploads:append"]
 

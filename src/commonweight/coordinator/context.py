@@ -96,6 +96,7 @@ class Context:
         shutil.rmtree(self.scratch / "runs", ignore_errors=True)  # it is made anew from the store
         for upload in self.store.leftovers():
             self.discard(upload)
+            self.spares.forget(upload.run)
 
     def discard(self, upload: Upload) -> None:
         """Delete the data of an upload that is over: its key, and with it whatever can be read of its file."""
