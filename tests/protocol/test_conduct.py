@@ -195,13 +195,13 @@ def test_a_deadline_closes_a_round_without_those_who_still_work(
     coordinator: Coordinator, lead: Hand, names: list[str]
 ) -> None:
     quick, slow = coordinator.site(names[0]), coordinator.site(names[1], train=idle)
-    run = lead.submit(lead.job(sites=names[:2], deadline_s=0.4, quorum=0.5))
+    run = lead.submit(lead.job(sites=names[:2], deadline_s=1.0, quorum=0.5))
     task = slow.task(run=run)
-    assert 0 < task.seconds_left <= 0.4
+    assert 0 < task.seconds_left <= 1.0
     ended = lead.wait(run)
     assert ended["history"][0]["answered"] == [quick.name]
     assert ended["history"][0]["late"] == [slow.name]
-    assert events(lead, run, "site_late")[0]["site"] == slow.name
+    assert events(lead, run, "site_late")[-1]["site"] == slow.name
 
 
 def test_a_round_without_its_quorum_is_repeated_and_then_the_run_fails_with_the_model_as_it_was(

@@ -245,6 +245,12 @@ def test_a_renewed_certificate_is_of_the_same_holder(coordinator: Coordinator, s
     assert (renewed.holder.name, renewed.holder.role) == ("north", "site")
     assert renewed.holder.serial != site.identity.holder.serial
     assert coordinator.hold(renewed).denied("Federation/GetJob", pb.JobRequest(run="none")).code is INVALID
+    # each renewal is an entry in the audit log: not as often as one likes
+    before = len(coordinator.audit("certificate issued"))
+    for _ in range(3):
+        denial = site.denied("Federation/Renew", pb.RenewRequest(csr=site.identity.request()))
+        assert (denial.code, denial.details["retry"]) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+    assert len(coordinator.audit("certificate issued")) == before
     denial = site.denied("Federation/Renew", pb.RenewRequest(csr=b"no request"))
     assert denial.code is DENIED
     coordinator.audited("call denied", "north", "request")

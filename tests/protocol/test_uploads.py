@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import torch
 
 from commonweight.coordinator.receive import UpdateReceipt
-from commonweight.errors import UnreachableError
+from commonweight.coordinator.store import Lease
+from commonweight.coordinator.tables import leases
+from commonweight.coordinator.uploads import MOST_OFFERS
+from commonweight.errors import StorageError, UnreachableError
+from commonweight.federation.round import DeadlinePassed
 from commonweight.model.tensors import NamedTensors
 from commonweight.wire import protocol_pb2 as pb
 from commonweight.wire.frames import header_digest
@@ -44,6 +49,12 @@ def start(coordinator: Coordinator, lead: Hand, request: pytest.FixtureRequest) 
     yield start
     for run in runs:
         lead.call("Control/Cancel", pb.RunRequest(run=run))
+
+
+def lease_of(coordinator: Coordinator, run: str) -> Lease:
+    """The lease of the run's leader."""
+    query = sa.select(leases).where(leases.c.run == run)
+    return Lease(**coordinator.store.database.read(lambda connection: connection.execute(query).mappings().one()))
 
 
 def messages(tensors: NamedTensors | None = None) -> list[bytes]:
@@ -180,11 +191,12 @@ def test_a_second_update_of_a_round_is_a_replay(coordinator: Coordinator, start:
 def test_a_round_that_is_closed(coordinator: Coordinator, start: Start) -> None:
     name = f"slow-{len(coordinator.store.principals())}"
     slow = coordinator.site(name, train=idle)
-    site, task = start(name, deadline_s=0.4, rounds=2, quorum=0.5)
+    site, task = start(name, rounds=2, quorum=0.5)
     late = slow.task(run=task.run)
     half = slow.open(slow.manifest(late))
     assert slow.push(half.upload, messages()[:2]).state == OPEN
     assert site.update(task).state == ACCEPTED
+    coordinator.store.apply(task.run, 1, DeadlinePassed(1), lease=lease_of(coordinator, task.run))
     second = site.task(round=2, run=task.run)
     # the update that was under way, and one that comes only now
     assert (slow.open(slow.manifest(late)).code) == Refusal.ROUND_CLOSED
@@ -233,6 +245,25 @@ def test_a_chunk_without_an_index(start: Start, message: bytes) -> None:
     site, task = start()
     status = site.push(site.open(site.manifest(task)).upload, [message])
     assert (status.state, status.code) == (REFUSED, Refusal.MALFORMED)
+
+
+def test_metrics_that_are_named_like_an_events_own_fields_do_no_harm(start: Start, lead: Hand) -> None:
+    site, task = start()
+    names = ("self", "t", "event", "round", "site", "examples", "loss", "kind", "details")
+    assert site.update(task, metrics=dict.fromkeys(names, 7.0)).state == ACCEPTED
+    lead.wait(task.run)
+    (event,) = [event for event in lead.events(task.run) if event["event"] == "update_accepted"]
+    assert (event["round"], event["site"], event["examples"], event["loss"]) == (1, site.name, 10, 7.0)
+    assert event["t"] > 1e9
+
+
+def test_a_site_cannot_offer_any_number_of_updates(coordinator: Coordinator, start: Start) -> None:
+    site, task = start()
+    before = len(files_of(coordinator))
+    codes = [site.open(site.manifest(task, metrics={"loss": float(k)})).code for k in range(MOST_OFFERS + 5)]
+    assert codes[: MOST_OFFERS + 1] == [""] * MOST_OFFERS + [Refusal.TOO_LARGE]
+    assert all(codes[MOST_OFFERS:])
+    assert len(files_of(coordinator)) - before == MOST_OFFERS
 
 
 # --- what is taken up again
@@ -345,8 +376,6 @@ def test_an_update_whose_last_step_failed_is_accepted_when_it_is_offered_again(
     coordinator: Coordinator, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file was stored, the database away: nothing is sent twice."""
-    from commonweight.errors import StorageError
-
     site, task = start()
     accept = coordinator.store.accept_upload
 

@@ -7,16 +7,17 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from ..errors import AccessError
+from ..errors import AccessError, StateError
 from ..identity.authority import Authority
-from ..identity.certificates import Holder, holder_of
+from ..identity.certificates import Holder, holder_of, requested_key
 from ..identity.keys import AUDIT, SigningKey
 from ..wire.protocol_pb2 import AuditHead
 from ..wire.refusals import Refusal, Refused
@@ -38,6 +39,8 @@ R = TypeVar("R")
 
 #: threads for the database: calls are short, and a writer waits for the one before
 _STORE_THREADS = 16
+#: nobody's certificate is renewed twice within this time
+_RENEWAL_S = 60.0
 
 
 class Context:
@@ -70,6 +73,7 @@ class Context:
         self.hub = Hub(self.store, self.away)
         self.lanes = Lanes(settings.transfers_at_once)
         self._files: dict[str, FrameFiles] = {}
+        self._renewed_at: dict[str, float] = {}
         self._lock = threading.Lock()
 
     async def away(self, function: Callable[..., R], *args: Any) -> R:
@@ -131,8 +135,26 @@ class Context:
         signature = self.signing_key.sign(AUDIT, sequence.to_bytes(8, "big") + digest)
         return AuditHead(sequence=sequence, hash=digest, signature=signature)
 
+    def forget_files(self, runs: Iterable[str]) -> None:
+        """Close the frames of runs that have ended; whoever asks for one later opens it anew."""
+        with self._lock:
+            closed = [self._files.pop(run) for run in runs if run in self._files]
+        for files in closed:
+            files.close()
+
     def renew(self, holder: Holder, request: bytes) -> bytes:
-        """A new certificate for someone who still holds a good one: the same name, role and signing key."""
+        """A new certificate for someone who still holds a good one: the same name, role and signing key.
+
+        Raises:
+            AccessError: the request is none.
+            StateError: it is too soon after the one before. Each is an entry in the audit log.
+        """
+        requested_key(request)
+        now, pause = time.monotonic(), min(_RENEWAL_S, self.settings.certificate_hours * 3600 / 20)
+        with self._lock:
+            if now - self._renewed_at.get(holder.name, -pause) < pause:
+                raise StateError(f"{holder.name!r} has renewed its certificate a moment ago", retry=True)
+            self._renewed_at[holder.name] = now
         pem = self.authority.issue(
             request,
             name=holder.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def init(folder: Path, settings: CoordinatorSettings, hosts: Sequence[str]) -> N
 
     Raises:
         StateError: the folder is one already, or is not empty.
-        StorageError: it cannot be written.
+        AccessError: a host is no name and no address.
+        StorageError: it cannot be written, or the database cannot be reached.
     """
     if (folder / FILE).exists():
         raise StateError(f"{folder} is a coordinator's already", hint="serve it by: commonweight coordinator serve DIR")
@@ -38,6 +40,15 @@ def init(folder: Path, settings: CoordinatorSettings, hosts: Sequence[str]) -> N
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
+    try:
+        _fill(folder, settings, hosts)
+    except BaseException:  # nothing of it is of use, and a second attempt wants the folder empty
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _fill(folder: Path, settings: CoordinatorSettings, hosts: Sequence[str]) -> None:
+    with storage_errors(folder):
         (folder / "scratch").mkdir()
         (folder / "server").mkdir()
     Authority.create(folder / "authority", name=settings.name)

@@ -125,6 +125,10 @@ class Hub:
 
     # --- runs that are over
 
+    def ended_runs(self) -> list[str]:
+        """Those that ended lately."""
+        return list(self._ended)
+
     def tell_ended(self, stream: Stream) -> None:
         """Tell a site of the runs that it took part in and that have ended lately, of each once."""
         for run, (state, sites) in self._ended.items():

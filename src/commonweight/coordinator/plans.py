@@ -17,6 +17,9 @@ from ..wire.protocol_pb2 import Job
 from ..wire.refusals import Refusal, Refused
 from .store import Store
 
+#: plans that are kept; a job's header may have megabytes
+_KEPT = 256
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -85,4 +88,6 @@ class Plans:
             found = RunPlan.of(Job.FromString(row.job))
             with self._lock:
                 self._known[run] = found
+                while len(self._known) > _KEPT:
+                    self._known.pop(next(iter(self._known)))
         return found

@@ -64,7 +64,7 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return json.dumps(line)  # ASCII: whatever somebody put into a name, it does nothing to a terminal
 
 
 def log_to_stderr() -> None:
@@ -264,6 +264,7 @@ class Watch:
             self._tidied_at = now
             await self.here.away(keep_certificate, self.here.folder, self.here.settings)
             await self.here.away(self.here.receiver.forget_ended)
+            self.here.forget_files(self.here.hub.ended_runs())
         await self.here.away(self.here.denials.flush)
 
     async def _attendance(self, beat: float) -> None:

@@ -25,6 +25,8 @@ from .tables import runs, uploads
 from .tasks import end_task
 
 COUNTED = ("accepted", "spent")
+#: different updates that a site may offer for one round; each takes a row and, while it is open, a file
+MOST_OFFERS = 32
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,10 @@ class UploadsPart(Part):
                 return other
         if any(other.counts for other in others):
             raise Refused(Refusal.REPLAYED, f"another update of {upload.site} counts in round {upload.round} already")
+        if len(others) >= MOST_OFFERS:
+            raise Refused(
+                Refusal.TOO_LARGE, f"{upload.site} has offered {len(others)} different updates for round {upload.round}"
+            )
         if state in ENDED:
             raise Refused(Refusal.RUN_ENDED, f"run {upload.run!r} is {state}")
         answer = Answered(upload.site, upload.round)

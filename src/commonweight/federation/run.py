@@ -28,6 +28,9 @@ from .round import Answered, Committed, DeadlinePassed, Failed, Phase, Round
 from .shelf import Shelf
 from .tally import Sites, Tally, Timing
 
+#: what an event says by itself; a site's metric of such a name is not shown with it
+_EVENT_FIELDS = frozenset({"self", "t", "event", "round", "site", "examples"})
+
 
 class FederatedRun:
     """The federated arm of a run.
@@ -160,8 +163,9 @@ class FederatedRun:
         self.shelf.keep(update)
         self.model.fold(update)
         tally.add(update)
+        figures = {name: value for name, value in update.metrics.items() if name not in _EVENT_FIELDS}
         self.events.emit(
-            "update_accepted", round=round.number, site=update.site, examples=update.num_examples, **update.metrics
+            "update_accepted", round=round.number, site=update.site, examples=update.num_examples, **figures
         )
         return after
 
