@@ -26,6 +26,7 @@ from commonweight.wire.service import (
     HINT_KEY,
     TRANSFER,
     UPLOAD_KEY,
+    Parcel,
     channel_options,
     handler,
 )
@@ -247,29 +248,29 @@ class FakeCoordinator:
 
     # ---- Transfer
 
-    async def Fetch(self, request: pb.FetchRequest, context: Any) -> AsyncIterator[bytes]:
+    async def Fetch(self, request: pb.FetchRequest, context: Any) -> AsyncIterator[Parcel]:
         body = self.frames.get(request.frame)
         if body is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no frame {request.frame}")
         assert body is not None
         self.fetches.append(request.first)
-        yield body.frame.header
+        yield Parcel(body.frame.header)
         for index in range(request.first, len(body.chunks)):
             chunk = body.chunks[index]
             if self.spoil[index] > 0:
                 self.spoil[index] -= 1
                 chunk = bytes([chunk[0] ^ 1]) + chunk[1:]
             self.fetched[index] += 1
-            yield chunk
+            yield Parcel(chunk)
             if index in self.cut_fetch:
                 self.cut_fetch.discard(index)
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
 
-    async def Push(self, messages: AsyncIterator[bytes], context: Any) -> pb.UploadStatus:
+    async def Push(self, messages: AsyncIterator[Parcel], context: Any) -> pb.UploadStatus:
         name = dict(context.invocation_metadata())[UPLOAD_KEY]
         upload = self.uploads[name]
-        async for message in messages:
-            index, chunk = unpack_chunk(message)
+        async for parcel in messages:
+            index, chunk = unpack_chunk(parcel.take())
             self.pushed[index] += 1
             if self.lose[index] > 0:
                 self.lose[index] -= 1

@@ -31,7 +31,7 @@ from ..wire.protocol_pb2 import (
     Welcome,
 )
 from ..wire.refusals import Refusal, Refused
-from ..wire.service import CERTIFICATE_KEY, PROTOCOL_MAX, PROTOCOL_MIN, UPLOAD_KEY
+from ..wire.service import CERTIFICATE_KEY, PROTOCOL_MAX, PROTOCOL_MIN, UPLOAD_KEY, Parcel
 from .context import Context
 from .frame_files import StoredFrame
 from .hub import Stream
@@ -205,7 +205,7 @@ class FederationService:
         )
         return UploadStatus(state=UploadStatus.REFUSED, code=str(refused.code), reason=refused.message)
 
-    async def Push(self, requests: AsyncIterator[bytes], holder: Holder, context: Any) -> UploadStatus:
+    async def Push(self, requests: AsyncIterator[Parcel], holder: Holder, context: Any) -> UploadStatus:
         upload = dict(context.invocation_metadata() or ()).get(UPLOAD_KEY, "")
         receiver = self.here.receiver
         receipt = receiver.receipt(upload)
@@ -220,22 +220,28 @@ class FederationService:
             self.here.metrics.uploads.labels(outcome).inc()
         return status
 
-    async def _pushed(self, requests: AsyncIterator[bytes], receipt: Receipt) -> UploadStatus:
+    async def _pushed(self, requests: AsyncIterator[Parcel], receipt: Receipt) -> UploadStatus:
         """Take chunks for as long as they come, then say what has become of the upload."""
         receiver = self.here.receiver
         try:
             while True:
                 async with self.here.lanes.one():
-                    message = await anext(requests, None)
-                    if message is None:
+                    parcel = await anext(requests, None)
+                    if parcel is None:
                         break
-                    await self.here.crunch(receiver.take, receipt, message)
-                self.here.metrics.received.inc(len(message))
+                    size = await self.here.crunch(self._take, receipt, parcel)
+                self.here.metrics.received.inc(size)
         except Refused as refused:
             if refused.code is Refusal.CORRUPT_CHUNK:
                 return UploadStatus(state=UploadStatus.OPEN, upload=receipt.id, missing=receipt.missing)
             return await self.here.away(receiver.refused_push, receipt, refused)
         return await self.here.away(receiver.finish, receipt.id, receipt.sender)
+
+    def _take(self, receipt: Receipt, parcel: Parcel) -> int:
+        """Take in a chunk and let go of it. Returns the size of the message."""
+        message = parcel.take()
+        self.here.receiver.take(receipt, message)
+        return len(message)
 
     @contextmanager
     def _transfer(self, holder: Holder) -> Iterator[None]:
@@ -254,18 +260,17 @@ class FederationService:
 
     # --- global tensors
 
-    async def Fetch(self, request: FetchRequest, holder: Holder, context: Any) -> AsyncIterator[bytes]:
+    async def Fetch(self, request: FetchRequest, holder: Holder, context: Any) -> AsyncIterator[Parcel]:
         await self.here.away(self.here.plan_for, request.run, holder)
         stored: StoredFrame = await self.here.away(self._frame, request.run, request.frame)
-        yield stored.frame.header
+        yield Parcel(stored.frame.header)
         if request.header_only:
             return
         with self._transfer(holder):
             for index in range(request.first, stored.frame.plan.num_chunks):
                 async with self.here.lanes.one():
-                    chunk = await self.here.crunch(stored.chunk, index)
-                    yield chunk
-                self.here.metrics.sent.inc(len(chunk))
+                    yield Parcel(await self.here.crunch(stored.chunk, index))
+                self.here.metrics.sent.inc(stored.frame.plan.pieces[index].num_bytes)
 
     def _frame(self, run: str, digest: str) -> StoredFrame:
         if not DIGEST.fullmatch(digest):

@@ -110,6 +110,26 @@ def channel_options(*, keepalive_s: float = 60.0) -> list[tuple[str, Any]]:
     ]
 
 
+class Parcel:
+    """A raw message on its way through a server, to be taken out once.
+
+    Whatever passes messages on keeps hold of the last one until the next comes. Of a parcel that is the wrapping; of a
+    chunk it would be 4 MiB for every stream that waits for its turn.
+    """
+
+    __slots__ = ("_raw",)
+
+    def __init__(self, raw: bytes) -> None:
+        self._raw: bytes | None = raw
+
+    def take(self) -> bytes:
+        """The message. Nothing of it is left here."""
+        raw, self._raw = self._raw, None
+        if raw is None:
+            raise RuntimeError("a parcel was taken twice")
+        return raw
+
+
 def reader(kind: type[Message] | None) -> Callable[[bytes], Message] | None:
     """What turns bytes into messages of a kind; None, which leaves them as they are, for raw bytes.
 
@@ -130,14 +150,14 @@ def reader(kind: type[Message] | None) -> Callable[[bytes], Message] | None:
 
 
 def handler(methods: Mapping[str, Method], implementation: Any) -> grpc.GenericRpcHandler[Any, Any]:
-    """Serve a table of methods by the attributes of `implementation` that bear their names."""
+    """Serve a table of methods by the attributes of `implementation` that bear their names; raw bytes as parcels."""
     handlers = {}
     for name, method in methods.items():
         make = getattr(grpc, f"{method.kind}_rpc_method_handler")
         handlers[name] = make(
             getattr(implementation, name),
-            request_deserializer=reader(method.request),
-            response_serializer=None if method.reply is None else method.reply.SerializeToString,
+            request_deserializer=reader(method.request) or Parcel,
+            response_serializer=Parcel.take if method.reply is None else method.reply.SerializeToString,
         )
     service = next(iter(methods.values())).service
     return grpc.method_handlers_generic_handler(service, handlers)
