@@ -12,8 +12,8 @@ bytes through bare TLS 1.3 sockets between as many processes, hashed once on eac
                                  above_idle_over_model is the difference over the size of the model
     site_peak_rss_mib            of the largest site: its update of `mb` is in memory, the global tensors are a mapped
                                  file
-    bytes_up, bytes_down         chunks received and sent by the coordinator, a round; those sent for the evaluation after
-                                 the last round are spread over the rounds
+    bytes_up, bytes_down         chunks received and sent by the coordinator, a round; those sent for the evaluation
+                                 after the last round are spread over the rounds
     cpu_s                        CPU seconds a round, of the coordinator and of all sites; and what of them single
                                  steps take, at the speeds measured in this run
 """
