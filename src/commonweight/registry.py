@@ -9,17 +9,34 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Collection
+from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any
 
 from .errors import RecipeError
 
 GROUPS = {"strategy": "commonweight.strategies", "objective": "commonweight.objectives"}
+#: in a list of methods that may run somewhere: all that are commonweight's own
+BUILT_IN = "built-in"
 
 
 def names(kind: str) -> list[str]:
     """The registered names of a kind (`strategy`, `objective`), sorted."""
     return sorted({point.name for point in entry_points(group=GROUPS[kind])})
+
+
+@lru_cache
+def built_in(kind: str) -> frozenset[str]:
+    """Names of the methods (`strategy`, `objective`) that are commonweight's own, and nobody else's as well."""
+    points = list(entry_points(group=GROUPS[kind]))
+    foreign = {point.name for point in points if not point.module.startswith("commonweight.")}
+    return frozenset(point.name for point in points) - foreign
+
+
+def is_listed(kind: str, name: str, listed: Collection[str]) -> bool:
+    """Whether a list of methods, which may hold `built-in`, holds this one. Nothing is imported for the answer."""
+    return name in listed or (BUILT_IN in listed and name in built_in(kind))
 
 
 def resolve(kind: str, name: str) -> type[Any]:

@@ -42,7 +42,8 @@ from .lead.submit import networked, prepare
 from .model.base import load_tokenizer
 from .recipe.load import check_methods
 from .recipe.schema import DEMO_DATA, Method, Recipe
-from .site.policy import BUILT_IN, Policy, built_in, policy_text
+from .registry import BUILT_IN, built_in
+from .site.policy import Policy, policy_text
 from .site.settings import POLICY_FILE, SETTINGS_FILE
 
 LEAD, PURPOSE = "lead", "sandbox"
@@ -142,6 +143,7 @@ class Sandbox:
     ) -> None:
         self.folder, self.names, self.tell = folder.absolute(), dict(names), tell
         self.data, self.device = recipe.data.path, recipe.engine.device
+        self.strategies = _methods("strategy", recipe.federation.strategy)
         self.coordinator, self.lead = self.folder / "coordinator", self.folder / "lead"
         self.logs = self.folder / "logs"
         self._coordinator: list[_Process] = []
@@ -172,6 +174,7 @@ class Sandbox:
             listen_http=anywhere,
             address=anywhere,
             address_enrolment=anywhere,
+            strategies=self.strategies,
         )
         coordinator_folder.init(self.coordinator, settings, ["localhost", _HOST])
         ready = self.folder / "ready.json"

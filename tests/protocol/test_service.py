@@ -15,8 +15,9 @@ import pytest
 from commonweight.coordinator import hub
 from commonweight.coordinator.audit import AuditEntry, verify_chain
 from commonweight.coordinator.hub import Hub, Stream
+from commonweight.coordinator.plans import RunPlan
 from commonweight.coordinator.service import _TRANSFERS
-from commonweight.errors import StateError, StorageError
+from commonweight.errors import RecipeError, StateError, StorageError
 from commonweight.wire import protocol_pb2 as pb
 from commonweight.wire.frames import chunk_digest, parse_header
 from commonweight.wire.refusals import Refusal
@@ -474,6 +475,23 @@ def test_a_job_that_makes_no_sense_is_refused_and_leaves_no_run(
     assert denial.code is code, denial
     assert words in denial.message
     assert len(coordinator.store.runs()) == before
+
+
+def test_no_code_is_imported_that_the_coordinator_does_not_list(
+    lead: Hand, reader: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "imported"
+    (tmp_path / "of_the_lead.py").write_text(f"open({str(mark)!r}, 'a').write('x')\nclass Mean: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    loss = changed(lead.job(), recipe="name: x\ntraining: {objective: 'of_the_lead:Mean'}")
+    assert lead.call("Control/Submit", lead.sign(loss)).run  # it runs at sites, if they allow it, and never here
+    mean = changed(lead.job(), recipe="name: x\nfederation: {strategy: 'of_the_lead:Mean'}")
+    denial = lead.denied("Control/Submit", lead.sign(mean))
+    assert "is not among those that this coordinator runs: built-in" in denial.message
+    assert not mark.exists()
+    with pytest.raises(RecipeError, match="declares no options"):  # where it is listed, it is looked at
+        RunPlan.of(mean, ["built-in", "of_the_lead:Mean"])
+    assert mark.exists()
 
 
 def test_a_job_with_a_field_that_this_version_does_not_know_is_not_waved_through(lead: Hand, reader: Site) -> None:

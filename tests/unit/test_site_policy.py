@@ -13,20 +13,19 @@ import pytest
 import torch
 import yaml
 
+from commonweight import registry
 from commonweight.errors import DataError, PolicyError, RecipeError, StateError
 from commonweight.evaluate.metrics import Scores
 from commonweight.model.tensors import NamedTensors
 from commonweight.recipe import Recipe
 from commonweight.recipe.fields import dotted, section_of, walk
 from commonweight.recipe.schema import DEMO_DATA, DataSpec, SitesSpec
-from commonweight.site import policy as policy_module
 from commonweight.site.policy import (
     Decision,
     JobFacts,
     Policy,
     PolicyFile,
     Spent,
-    built_in,
     decide,
     decide_sending,
     decide_task,
@@ -342,12 +341,12 @@ def test_code_of_ones_own_needs_its_exact_name() -> None:
 
 
 def test_a_plugin_that_takes_a_built_in_name_is_not_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"fedavg", "scaffold"} <= built_in("strategy")
+    assert {"fedavg", "scaffold"} <= registry.built_in("strategy")
     ours = EntryPoint("fedavg", "commonweight.strategies.fedavg:FedAvg", "commonweight.strategies")
     theirs = EntryPoint("fedavg", "commonweightier.steal:FedAvg", "commonweight.strategies")
     other = EntryPoint("fedprox", "commonweight.strategies.fedprox:FedProx", "commonweight.strategies")
-    monkeypatch.setattr(policy_module, "entry_points", lambda group: [ours, theirs, other])
-    assert built_in.__wrapped__("strategy") == {"fedprox"}
+    monkeypatch.setattr(registry, "entry_points", lambda group: [ours, theirs, other])
+    assert registry.built_in.__wrapped__("strategy") == {"fedprox"}
 
 
 def test_what_has_left_in_a_round_is_not_counted_as_yet_to_be_sent() -> None:

@@ -132,12 +132,36 @@ def test_a_token_enrols_once(store: Store, clock: Clock) -> None:
     token(store)
     assert store.redeem_token("t1", KEY) == ("north", "site")
     with pytest.raises(AccessError, match="'north' was used already"):
-        store.redeem_token("t1", KEY)
+        store.redeem_token("t1", OTHER_KEY)
     north = store.principal("north")
     assert north is not None
     assert (north.role, north.signing_key, north.state, north.enrolled_at) == ("site", KEY, "active", clock.now)
     assert store.principals("site") == [north]
     assert store.principals("lead") == []
+
+
+def test_who_did_not_hear_the_answer_may_ask_again_for_a_while(store: Store, clock: Clock) -> None:
+    token(store)
+    store.redeem_token("t1", KEY)
+    clock.now += 890
+    assert store.redeem_token("t1", KEY) == ("north", "site")
+    assert [e.action for e in store.audit_entries()].count("enrolled") == 1
+    clock.now += 20
+    with pytest.raises(AccessError, match="used already"):
+        store.redeem_token("t1", KEY)
+
+
+@pytest.mark.parametrize("since", ["revoked", "replaced"])
+def test_who_is_not_let_in_any_more_does_not_return_by_an_old_token(store: Store, since: str) -> None:
+    token(store)
+    store.redeem_token("t1", KEY)
+    if since == "revoked":
+        store.set_state("north", "revoked", "key stolen", "ada")
+    else:
+        token(store, "t2", replace=True)
+        store.redeem_token("t2", OTHER_KEY)
+    with pytest.raises(AccessError, match="used already"):
+        store.redeem_token("t1", KEY)
 
 
 def test_a_token_enrols_once_however_many_try_at_the_same_instant(another: Callable[[], Store]) -> None:

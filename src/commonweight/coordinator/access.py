@@ -14,6 +14,8 @@ from .tables import certificates, principals, tokens
 ACTIVE, REVOKED = "active", "revoked"
 #: certificates that ended longer ago than this are forgotten
 _KEPT_S = 30 * 86400.0
+#: for so long after it was used, a token is answered again to the key that used it: the first answer may have been lost
+_REPEAT_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class AccessPart(Part):
 
     @writing
     def redeem_token(self, tx: Writing, secret_hash: str, signing_key: bytes) -> tuple[str, str]:
-        """Enrol by a token: exactly one call ever succeeds for one. Returns the name and the role that it grants.
+        """Enrol by a token: exactly one key ever succeeds with one. Returns the name and the role that it grants.
+
+        The same key may repeat the call within 15 minutes, should the answer have been lost on its way.
 
         Raises:
             AccessError: the token is unknown, used or expired, or its name is enrolled with another key or role, or
@@ -75,6 +79,8 @@ class AccessPart(Part):
         )
         token = tx.execute(spend).one_or_none()
         if token is None:
+            if (again := _used_by(tx, secret_hash, signing_key)) is not None:
+                return again
             raise _token_refused(tx, secret_hash)
         known = tx.execute(sa.select(principals).where(principals.c.name == token.name).with_for_update()).one_or_none()
         changed = known is not None and (known.signing_key, known.role) != (signing_key, token.role)
@@ -159,6 +165,24 @@ class AccessPart(Part):
             )
         )
         return connection.execute(query).first() is not None
+
+
+def _used_by(tx: Writing, secret_hash: str, signing_key: bytes) -> tuple[str, str] | None:
+    """What a token granted a moment ago, to this key, which still holds it."""
+    query = (
+        sa.select(tokens.c.name, tokens.c.role)
+        .join(principals, principals.c.name == tokens.c.name)
+        .where(
+            tokens.c.secret_hash == secret_hash,
+            tokens.c.expires_at > tx.now,
+            tokens.c.used_at > tx.now - _REPEAT_S,
+            principals.c.signing_key == signing_key,
+            principals.c.role == tokens.c.role,
+            principals.c.state == ACTIVE,
+        )
+    )
+    row = tx.execute(query).one_or_none()
+    return None if row is None else (row.name, row.role)
 
 
 def _token_refused(tx: Writing, secret_hash: str) -> AccessError:

@@ -59,7 +59,7 @@ class Context:
         self.vault = Vault.open(folder / "master.key")
         self.authority = Authority.load(folder / "authority")
         self.signing_key = SigningKey.load(folder / "server" / "signing.key")
-        self.plans = Plans(self.store)
+        self.plans = Plans(self.store, settings.strategies)
         self.spares = Spares(self.scratch / "spares")
         self.metrics = Metrics()
         self.denials = Denials(self.store)

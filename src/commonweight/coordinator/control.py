@@ -53,7 +53,7 @@ class ControlService:
 
     def _submit(self, signed: SignedJob, holder: Holder) -> SubmitReply:
         job = self._checked(signed, holder)
-        plan = RunPlan.of(job)
+        plan = RunPlan.of(job, self.here.settings.strategies)
         plan.check_initial()
         frame = plan.initial
         self.here.receiver.check_size("the initial tensors", frame)

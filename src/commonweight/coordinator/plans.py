@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +11,7 @@ from ..errors import RecipeError, StateError
 from ..model.tensors import Layout
 from ..recipe.load import check_methods, parse_recipe
 from ..recipe.schema import Recipe
-from ..registry import resolve
+from ..registry import built_in, is_listed, resolve
 from ..strategies.base import Strategy, SumStrategy
 from ..wire.frames import Channel, Frame, parse_header
 from ..wire.protocol_pb2 import Job
@@ -29,14 +30,26 @@ class RunPlan:
     recipe: Recipe
 
     @classmethod
-    def of(cls, job: Job) -> RunPlan:
-        """Raises RecipeError: the recipe cannot be carried out by a coordinator."""
+    def of(cls, job: Job, strategies: Collection[str]) -> RunPlan:
+        """A job's plan. `strategies` are those whose code may run here (`CoordinatorSettings.strategies`).
+
+        Raises:
+            RecipeError: the recipe cannot be carried out by this coordinator. No code was imported that it may not run.
+        """
         recipe = parse_recipe(job.recipe, f"the recipe of job {job.name!r}")
-        check_methods(recipe)
+        name = recipe.federation.strategy.name
+        if not is_listed("strategy", name, strategies):
+            raise RecipeError(
+                f"federation.strategy {name!r} is not among those that this coordinator runs: {', '.join(strategies)}",
+                hint="whoever runs the coordinator may install it there and list it in coordinator.yaml under "
+                "`strategies`",
+            )
+        # the code of an objective that a lead brings along runs at sites, never here
+        check_methods(recipe, objective=recipe.training.objective.name in built_in("objective"))
         plan = cls(job, recipe)
         if not isinstance(plan.strategy(1), SumStrategy):
             raise RecipeError(
-                f"federation.strategy {recipe.federation.strategy.name!r} needs every update at once, which a "
+                f"federation.strategy {name!r} needs every update at once, which a "
                 "coordinator that works piece by piece does not do",
                 hint="choose a strategy with needs = sum (`commonweight methods`)",
             )
@@ -69,10 +82,14 @@ class RunPlan:
 
 
 class Plans:
-    """Plans of the store's runs, each read once."""
+    """Plans of the store's runs, each read once.
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    Args:
+        strategies: those whose code may run here.
+    """
+
+    def __init__(self, store: Store, strategies: Collection[str]) -> None:
+        self.store, self.strategies = store, strategies
         self._known: dict[str, RunPlan] = {}
         self._lock = threading.Lock()
 
@@ -85,7 +102,7 @@ class Plans:
                 row = self.store.run_row(run)
             except StateError:
                 return None
-            found = RunPlan.of(Job.FromString(row.job))
+            found = RunPlan.of(Job.FromString(row.job), self.strategies)
             with self._lock:
                 self._known[run] = found
                 while len(self._known) > _KEPT:

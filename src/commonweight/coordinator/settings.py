@@ -10,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import RecipeError, StateError
+from ..registry import BUILT_IN
 
 FILE = "coordinator.yaml"
 
@@ -71,6 +72,11 @@ class CoordinatorSettings(BaseModel):
         "needs a new token.",
     )
     token_hours: float = Field(72.0, gt=0, le=24 * 30, description="Life of an enrolment token.")
+    strategies: list[str] = Field(
+        default_factory=lambda: [BUILT_IN],
+        description="Strategies that runs may name: `built-in`, and exact names of others (package.module:Class), "
+        "whose code then runs here.",
+    )
     max_upload_mb: int = Field(65536, ge=1, description="Cap on an update, in MiB.")
     transfers_at_once: int = Field(
         4, ge=1, le=256, description="Chunks in motion at once; bounds memory. A slow site does not hold others up."

@@ -95,12 +95,15 @@ class Evaluation:
         self.journal.put(f"samples/{arm}", {"answers": answers})
 
     def _scores(self, arm: str, *, generate: bool) -> dict[str, Any]:
-        outcomes = self.engine.run(self._tasks(arm, generate=generate))
+        outcomes = list(self.engine.run(self._tasks(arm, generate=generate)))
         scores = {site: result for outcome in outcomes for site, result in self._result(outcome).items()}
         if not scores:
+            reasons = {outcome.reason for outcome in outcomes if not isinstance(outcome, Completed)}
             raise RoundError(
-                "no site could evaluate the model",
-                hint="what was committed is kept: once the cause is mended, go on with --resume",
+                f"no site could evaluate the model: {'; '.join(sorted(reasons)[:3]) or 'none was asked'}",
+                hint="a run needs scores of one site at least, which that site's policy lets leave (share.scores)"
+                if self.apart
+                else "what was committed is kept: once the cause is mended, go on with --resume",
                 retry=True,
             )
         return scores

@@ -63,17 +63,18 @@ def parse_recipe(text: str, label: str) -> Recipe:
     return validate(Recipe, read_source(text, label))
 
 
-def check_methods(recipe: Recipe) -> None:
+def check_methods(recipe: Recipe, *, objective: bool = True) -> None:
     """Find the classes of the recipe's strategy and objective, and let each check its own options.
 
     A method's class has an attribute `Options`, a pydantic model with `extra="forbid"`. This imports the classes, and
-    with them whatever they import.
+    with them whatever they import; without `objective`, the strategy's alone.
 
     Raises:
         RecipeError: no such method, or an option that it does not take.
     """
     _check_method("strategy", ("federation", "strategy"), recipe.federation.strategy)
-    _check_method("objective", ("training", "objective"), recipe.training.objective)
+    if objective:
+        _check_method("objective", ("training", "objective"), recipe.training.objective)
 
 
 def builtin_recipes() -> list[str]:

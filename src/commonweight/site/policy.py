@@ -20,8 +20,6 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
-from functools import lru_cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -31,13 +29,12 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from ..errors import PolicyError, RecipeError
 from ..evaluate.metrics import Scores
 from ..recipe.schema import Recipe, Section
-from ..registry import GROUPS, resolve
+from ..registry import BUILT_IN, built_in, is_listed, resolve
 from ..strategies.base import Strategy
 from ..wire.frames import parse_header
 from .settings import NAME, POLICY_FILE, parse_section
 
 ANY = "any"
-BUILT_IN = "built-in"
 
 #: the job's handshake entry that names its base model
 BASE_WEIGHTS = "base weights"
@@ -327,14 +324,6 @@ class JobFacts:
         )
 
 
-@lru_cache
-def built_in(kind: str) -> frozenset[str]:
-    """Names of the methods (`strategy`, `objective`) that are commonweight's own, and nobody else's as well."""
-    points = list(entry_points(group=GROUPS[kind]))
-    foreign = {point.name for point in points if not point.module.startswith("commonweight.")}
-    return frozenset(point.name for point in points) - foreign
-
-
 def _update_bytes(strategy: str, initial: bytes) -> int:
     """Bytes of one update: a copy of the layout for each channel that the strategy's updates carry.
 
@@ -492,7 +481,7 @@ def _code(policy: Policy, facts: JobFacts) -> Iterator[str]:
         ("strategy", "strategies", facts.strategy, policy.strategies),
         ("objective", "objectives", facts.objective, policy.objectives),
     ):
-        if name not in listed and not (BUILT_IN in listed and name in built_in(kind)):
+        if not is_listed(kind, name, listed):
             yield f"{field}: {_listed(listed)}; the job names the {kind} {name!r}, which is not among them"
     if facts.trust_remote_code and not policy.remote_code:
         yield "remote_code is false: code from a model's folder is never run; the job asks for it"
