@@ -41,8 +41,11 @@ def test_joining_as_a_user(coordinator: Coordinator, here: Path, monkeypatch: py
     assert f"your signing key, for sites' policies: {mia.holder.signing_key.hex()}\n" in joined.out
     assert call("sites", "--json").code == 0
 
+    assert call("join", first).code == 0, "the same keys may ask again, should the answer have been lost"
+    monkeypatch.setenv("COMMONWEIGHT_IDENTITY", str(here / "another"))
     used = call("join", first)
     assert (used.code, "was used already" in used.err) == (8, True)
+    monkeypatch.setenv("COMMONWEIGHT_IDENTITY", str(here / "me"))
     assert call("sites", "--json").code == 0, "what was there stays"
 
     again = call("join", token(coordinator, "mia", "--role", "lead"), "--json")
