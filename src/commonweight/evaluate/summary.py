@@ -152,7 +152,7 @@ def headline(metrics: Metrics) -> str:
         return _headline_uncompared(metrics, sites)
     total, won, lost = sum(verdicts.values()), verdicts["gains"], verdicts["loses"]
     if won == total:
-        return f"Training together helped all {count(total)} sites."
+        return f"Training together helped {_every(total)} sites."
     if won:
         others = count(lost) if lost else "none"
         return f"Training together helped {count(won)} of {count(total)} sites, and set back {others}."
@@ -237,6 +237,10 @@ def _verdicts(metrics: Metrics) -> str:
     return f"{text}."
 
 
+def _every(total: int) -> str:
+    return "both" if total == 2 else f"all {count(total)}"
+
+
 def _tallied(verdicts: dict[str, int]) -> str:
     total = sum(verdicts.values())
     words = {"gains": ("gains", "gain"), "loses": ("loses", "lose"), "unclear": ("is unclear", "are unclear")}
@@ -244,7 +248,7 @@ def _tallied(verdicts: dict[str, int]) -> str:
     for verdict, found in verdicts.items():
         verb = words[verdict][found > 1]
         if found == total:
-            return f"all {count(total)} sites {verb}"
+            return f"{_every(total)} sites {verb}"
         if found:
             named = any(not part.startswith("none") for part in parts)
             parts.append(f"{count(found) if named else counted(found, 'site')} {verb}")
