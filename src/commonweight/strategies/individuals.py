@@ -1,0 +1,105 @@
+"""Strategies that must see updates side by side: robust rules, and those that work on each site's factors.
+
+They hold a round's updates in memory until it closes: O(cohort × update), where a sum is O(update). No secure
+aggregation can be had with them, and a coordinator, which combines piece by piece, does not run them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..errors import RoundError
+from ..model.tensors import Layout, NamedTensors, accumulator_dtype, first_non_finite
+from .base import Fold, ServerState, Strategy
+from .update import Update
+
+
+class Kept(Fold):
+    """A round's updates, copied, in the order in which they were folded."""
+
+    def __init__(self) -> None:
+        self.updates: list[Update] = []
+
+    def add(self, update: Update) -> None:
+        channels = {name: tensors.clone() for name, tensors in update.channels.items()}
+        self.updates.append(replace(update, channels=channels))
+        self.num_updates += 1
+
+
+class IndividualsStrategy(Strategy):
+    """A strategy that needs every update at once. A subclass writes `combine`."""
+
+    needs = "individuals"
+
+    def init(self, theta: NamedTensors) -> ServerState:
+        return ServerState(theta)
+
+    def open(self, state: ServerState) -> Kept:
+        return Kept()
+
+    def close(self, state: ServerState, fold: Fold) -> ServerState:
+        assert isinstance(fold, Kept)
+        if not fold.updates:
+            raise ValueError("a round was closed with no update in it")
+        state = self.combine(state, fold.updates)
+        bad = first_non_finite(state.theta)
+        if bad is not None:
+            raise RoundError(
+                f"the round's result holds NaN or infinity in {bad!r}, although every update was finite",
+                hint="lower training.lr or the strategy's lr; the last committed round is untouched",
+            )
+        return state
+
+    @abstractmethod
+    def combine(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
+        """A round's result from its updates, of which there is at least one. May change `state` in place.
+
+        Raises:
+            RoundError: there are too few updates for the rule to hold what it promises.
+        """
+
+
+def weights_of(updates: Sequence[Update]) -> list[float]:
+    """pᵢ = wᵢ / Σw."""
+    total = sum(update.weight for update in updates)
+    return [update.weight / total for update in updates]
+
+
+def rows_of(updates: Sequence[Update], channel: str = "delta") -> Tensor:
+    """All floating values of each update as one row: n × d, float32, or float64 if any of the tensors are."""
+    return torch.stack([vector_of(update.channels[channel]) for update in updates])
+
+
+def vector_of(tensors: NamedTensors) -> Tensor:
+    """All floating values of named tensors, one dtype after the other, in the widest accumulator among them; a copy."""
+    widest = max((accumulator_dtype(d) for d, _ in tensors.floating()), key=lambda d: d.itemsize, default=torch.float32)
+    return torch.cat([flat.to(widest) for _, flat in tensors.floating()])
+
+
+def add_vector(theta: NamedTensors, vector: Tensor, *, lr: float = 1.0) -> None:
+    """θ ← θ + lr·vector, the vector laid out as by `vector_of`; summed in the vector's precision, rounded once."""
+    start = 0
+    for _, flat in theta.floating():
+        piece = vector[start : start + flat.numel()]
+        flat.copy_(flat.to(vector.dtype).add_(piece, alpha=lr))
+        start += flat.numel()
+
+
+def matrices(layout: Layout) -> dict[str, tuple[str, str]]:
+    """LoRA pairs by the name of their module: (name of A, r × in; name of B, out × r).
+
+    Names are peft's: `….lora_A.weight` and `….lora_B.weight`, with the adapter's name in between or without.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name in layout.by_name:
+        for letter in "AB":
+            mark = f".lora_{letter}."
+            if mark in name:
+                module, _, tail = name.partition(mark)
+                found.setdefault(f"{module}|{tail}", {})[letter] = name
+    return {key.partition("|")[0]: (pair["A"], pair["B"]) for key, pair in found.items() if len(pair) == 2}
