@@ -74,7 +74,7 @@ def partitioned(recipe: Recipe, sites: int | None = None) -> tuple[Recipe, dict[
     if sites is not None and spec.scheme in _COUNTED:
         data = recipe.data.model_copy(update={"sites": spec.model_copy(update={"count": sites})})
         recipe = recipe.model_copy(update={"data": data})
-    check_methods(recipe)
+    check_methods(recipe, network=True)
     if recipe.data.path != DEMO_DATA and not Path(recipe.data.path).exists():
         raise RecipeError(
             f"there is no {recipe.data.path}", hint="a site's rows are in a file or a folder: set data.path to one"

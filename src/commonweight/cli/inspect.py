@@ -132,6 +132,8 @@ def _print_method(method: dict[str, Any]) -> None:
     for line in (method["rule"], method["source"], needs):
         if line:
             say(f"  {line}")
+    for feature, goes in method["goes_with"].items():
+        say(f"  {feature}: {'yes' if goes else 'no'}")
     if method["options"]:
         print()
         table(("option", "default", "meaning"), [_option(option) for option in method["options"]])

@@ -111,6 +111,9 @@ def validate(
     recipe: RecipeArgument,
     set_: SetOption = None,
     data: Annotated[bool, typer.Option("--data", help="Also read the data and show how it falls to sites.")] = False,
+    network: Annotated[
+        bool, typer.Option("--network", help="Check it for `submit` and `sandbox`: not everything works there.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Check a recipe without running it."""
@@ -119,7 +122,7 @@ def validate(
     from ..recipe.resolved import recipe_digest
 
     loaded = load_recipe(recipe, set_ or ())
-    check_methods(loaded)
+    check_methods(loaded, network=network)
     partition = _partition(loaded) if data else None
     if json:
         print_json(

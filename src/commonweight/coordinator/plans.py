@@ -45,13 +45,13 @@ class RunPlan:
                 "`strategies`",
             )
         # the code of an objective that a lead brings along runs at sites, never here
-        check_methods(recipe, objective=recipe.training.objective.name in built_in("objective"))
+        check_methods(recipe, network=True, objective=recipe.training.objective.name in built_in("objective"))
         plan = cls(job, recipe)
         if not isinstance(plan.strategy(1), SumStrategy):
             raise RecipeError(
-                f"federation.strategy {name!r} needs every update at once, which a "
-                "coordinator that works piece by piece does not do",
-                hint="choose a strategy with needs = sum (`commonweight methods`)",
+                f"federation.strategy {name!r} is no SumStrategy, and a coordinator, which combines piece by piece, "
+                "runs no other",
+                hint="write it as a subclass of commonweight.strategies.base.SumStrategy",
             )
         return plan
 

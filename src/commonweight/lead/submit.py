@@ -77,7 +77,7 @@ def prepare(
     Raises:
         ModelError, RecipeError: the recipe cannot be carried out.
     """
-    check_methods(recipe)
+    check_methods(recipe, network=True)
     if len(set(sites)) != len(sites):
         raise RecipeError("a site is named twice")
     bench = model_bench(recipe)

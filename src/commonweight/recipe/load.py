@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from commonweight import registry
 from commonweight.errors import RecipeError
 
+from .compatibility import check_pairings
 from .overrides import apply_overrides
 from .problems import validate
 from .resolved import recipe_differences, recipe_digest, recipe_text
@@ -63,18 +64,20 @@ def parse_recipe(text: str, label: str) -> Recipe:
     return validate(Recipe, read_source(text, label))
 
 
-def check_methods(recipe: Recipe, *, objective: bool = True) -> None:
-    """Find the classes of the recipe's strategy and objective, and let each check its own options.
+def check_methods(recipe: Recipe, *, network: bool = False, objective: bool = True) -> None:
+    """Find the classes of the recipe's strategy and objective, let each check its own options, and look up whether the
+    strategy goes with what else the recipe asks for, carried out over a network or not (`compatibility.py`).
 
     A method's class has an attribute `Options`, a pydantic model with `extra="forbid"`. This imports the classes, and
     with them whatever they import; without `objective`, the strategy's alone.
 
     Raises:
-        RecipeError: no such method, or an option that it does not take.
+        RecipeError: no such method, an option that it does not take, or a pairing that does not work.
     """
     _check_method("strategy", ("federation", "strategy"), recipe.federation.strategy)
     if objective:
         _check_method("objective", ("training", "objective"), recipe.training.objective)
+    check_pairings(recipe, network=network)
 
 
 def builtin_recipes() -> list[str]:

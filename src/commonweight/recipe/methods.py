@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..registry import names, resolve
+from .compatibility import FEATURES, pairings
 
 _ADAPTERS = (
     ("lora", "W + (α/r)·BA", "Hu 2022, arXiv:2106.09685"),
@@ -21,7 +22,7 @@ _ADAPTERS = (
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """Strategies, objectives and adapters: kind, name, needs, rule, source, options."""
+    """Strategies, objectives and adapters: kind, name, needs, rule, source, options, and what a strategy goes with."""
     found = []
     for kind in ("strategy", "objective"):
         for name in names(kind):
@@ -33,11 +34,12 @@ def catalogue() -> list[dict[str, Any]]:
                     "needs": getattr(method, "needs", ""),
                     "rule": getattr(method, "rule", "") or (method.__doc__ or "").strip().splitlines()[0],
                     "source": method.source,
+                    "goes_with": pairings(method) if kind == "strategy" else {},
                     "options": _options(method.Options),
                 }
             )
     adapters = [
-        {"kind": "adapter", "name": n, "needs": "", "rule": rule, "source": source, "options": []}
+        {"kind": "adapter", "name": n, "needs": "", "rule": rule, "source": source, "goes_with": {}, "options": []}
         for n, rule, source in _ADAPTERS
     ]
     return found + adapters
@@ -60,6 +62,7 @@ def methods_markdown() -> str:
     titles = {"strategy": "Strategies", "objective": "Objectives", "adapter": "Adapters"}
     for kind, title in titles.items():
         parts += [f"## {title}", _table([m for m in catalogue() if m["kind"] == kind])]
+    parts += [_pairing_table()]
     parts += [_option_table(m) for m in catalogue() if m["options"]]
     return "\n\n".join(parts) + "\n"
 
@@ -69,6 +72,18 @@ def _table(found: list[dict[str, Any]]) -> str:
         f"| `{m['name']}` | {m['needs'] or '–'} | {_cell(m['rule'])} | {_cell(m['source']) or '–'} |" for m in found
     ]
     return "\n".join(["| name | needs | rule | source |", "| --- | --- | --- | --- |", *rows])
+
+
+def _pairing_table() -> str:
+    features = [feature.name for feature in FEATURES]
+    rows = [
+        f"| `{m['name']}` | {' | '.join('yes' if m['goes_with'][f] else 'no' for f in features)} |"
+        for m in catalogue()
+        if m["kind"] == "strategy"
+    ]
+    reasons = [f"- *{f.name}*, where it says no: {f.because}. {f.instead}." for f in FEATURES]
+    head = [f"| strategy | {' | '.join(features)} |", f"| --- |{' --- |' * len(features)}"]
+    return "\n".join(["## What goes with what\n", *head, *rows, "", *reasons])
 
 
 def _option_table(method: dict[str, Any]) -> str:

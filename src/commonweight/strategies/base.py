@@ -73,6 +73,11 @@ class Strategy(ABC):
     #: whether each site keeps state of its own between rounds (SCAFFOLD's cᵢ)
     site_state: ClassVar[bool] = False
 
+    #: whether it works on LoRA's pairs A, B and means nothing without them
+    pairs: ClassVar[bool] = False
+    #: whether it takes in updates as they come, without rounds in which sites wait for each other
+    asynchronous: ClassVar[bool] = False
+
     def __init__(self, options: BaseModel | None = None, *, num_sites: int = 1) -> None:
         """Args: options: an instance of `Options`. num_sites: N, all the sites of the run, not a round's cohort."""
         self.options = options if options is not None else self.Options()

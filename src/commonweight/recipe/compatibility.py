@@ -1,0 +1,91 @@
+"""What goes with what: one table, asked before anything starts.
+
+A row is a strategy, a column a feature that a recipe may ask for. A column knows when a recipe asks for it, which
+strategies it goes with, and the one sentence that refuses the others and names one that would work. `commonweight
+methods`, the page of methods and the refusals are all made from this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import RecipeError
+from ..registry import resolve
+from .schema import Recipe
+
+#: adapters that consist of pairs A, B and nothing else
+PAIRED_ADAPTERS = ("lora", "rslora")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A column.
+
+    Args:
+        name: as it stands over the column.
+        asked: whether a recipe, carried out over a network or not, asks for it.
+        goes_with: whether a strategy's class may be paired with it.
+        because: why another may not, as the end of a sentence.
+        instead: what to do, as a sentence.
+    """
+
+    name: str
+    asked: Callable[[Recipe, bool], bool]
+    goes_with: Callable[[type[Any]], bool]
+    because: str
+    instead: str
+
+
+def _is(strategy: type[Any], attribute: str) -> Any:
+    """A class of somebody's own may leave out what it is not."""
+    return getattr(strategy, attribute, None)
+
+
+FEATURES = (
+    Feature(
+        "over a network",
+        lambda recipe, network: network,
+        lambda strategy: _is(strategy, "needs") == "sum" and not _is(strategy, "asynchronous"),
+        "a coordinator combines piece by piece, in rounds, and this strategy needs every update at once or no rounds",
+        "Use a strategy with needs = sum, such as fedavg, or carry the recipe out by `commonweight run`",
+    ),
+    Feature(
+        "adapters other than lora, rslora",
+        lambda recipe, network: recipe.model.adapter.kind not in PAIRED_ADAPTERS,
+        lambda strategy: not _is(strategy, "pairs"),
+        "it works on the pairs A, B of LoRA, which this adapter has not or has more than",
+        "Use model.adapter.kind lora or rslora, or the strategy fedavg",
+    ),
+    Feature(
+        "deadlines, over-selection",
+        lambda recipe, network: recipe.federation.deadline_s is not None or recipe.federation.over_selection > 1,
+        lambda strategy: not _is(strategy, "asynchronous"),
+        "an asynchronous strategy has no rounds that wait for their slowest site",
+        "Leave federation.deadline_s and federation.over_selection out, or use the strategy fedavg",
+    ),
+)
+
+
+def pairings(strategy: type[Any]) -> dict[str, bool]:
+    """A strategy's row: for each feature whether they go together."""
+    return {feature.name: feature.goes_with(strategy) for feature in FEATURES}
+
+
+def check_pairings(recipe: Recipe, *, network: bool) -> None:
+    """Refuse a recipe that pairs its strategy with something that does not go with it.
+
+    Args:
+        network: whether it is to be carried out over a network.
+
+    Raises:
+        RecipeError: a cell of the table says no; the sentence says why, and what would work.
+    """
+    name = recipe.federation.strategy.name
+    strategy = resolve("strategy", name)
+    for feature in FEATURES:
+        if feature.asked(recipe, network) and not feature.goes_with(strategy):
+            raise RecipeError(
+                f"federation.strategy {name!r} does not go with {feature.name}: {feature.because}", hint=feature.instead
+            )
