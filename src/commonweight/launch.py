@@ -14,6 +14,8 @@ from .engines.bench import Bench, build_bench
 from .engines.inprocess import InProcessEngine, available_cores
 from .errors import StateError
 from .evaluate.report import write_report
+from .federation.asynchronous import AsynchronousRun, check_asynchronous, with_equal_budget
+from .federation.clock import VirtualClock
 from .federation.cohort import check_cohort
 from .federation.controls import run_controls
 from .federation.evaluation import Evaluation
@@ -30,6 +32,7 @@ from .recipe.load import check_methods, load_recipe
 from .recipe.resolved import recipe_differences, recipe_digest, recipe_text
 from .recipe.schema import Recipe
 from .registry import resolve
+from .strategies.asynchronous import AsynchronousStrategy
 from .strategies.base import Strategy
 
 
@@ -76,12 +79,16 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
         bench = build_bench(recipe)
         sites = bench.facts
         check_cohort(len(sites.names), recipe.federation)
+        strategy = _strategy(recipe, len(sites.names))
+        strategy.check(recipe.federation.cohort.size(len(sites.names)))
+        check_asynchronous(recipe, strategy, len(sites.names))
+        clock = _clock(recipe, sites)
         digests = _digests(recipe, bench)
         journal.bind(digests)
         seconds = time.perf_counter() - began
         layout = bench.partition["layout"]
         events.emit("loaded", sites=list(sites.names)[:100], num_sites=len(sites.names), layout=layout, seconds=seconds)
-        trained = _train(bench, sites, folder, journal, events)
+        trained = _train(bench, sites, clock, folder, journal, events)
         events.emit("run_finished", seconds=time.perf_counter() - began)
         events.flush()
         facts = {
@@ -89,6 +96,7 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": phase_seconds(folder.path / "events.jsonl"),
             **_facts(bench, digests, trained),
+            **({"clock": clock.facts(journal.commits())} if clock else {}),
         }
         metrics = Record(recipe, sites, journal).metrics(facts)
         write_json(folder.path / "metrics.json", metrics)
@@ -99,7 +107,9 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
         journal.close()
 
 
-def _train(bench: Bench, sites: Sites, folder: RunFolder, journal: Journal, events: Events) -> dict[str, Any]:
+def _train(
+    bench: Bench, sites: Sites, clock: VirtualClock | None, folder: RunFolder, journal: Journal, events: Events
+) -> dict[str, Any]:
     """Every arm, on the engine's workers: their number, and the digest of the resulting adapter."""
     recipe = bench.recipe
     strategy = _strategy(recipe, len(sites.names))
@@ -123,13 +133,19 @@ def _train(bench: Bench, sites: Sites, folder: RunFolder, journal: Journal, even
             site_state=strategy.site_state,
             keep_rounds=recipe.output.keep_rounds,
         )
-        FederatedRun(recipe, lambda _: sites, strategy, model, engine, journal, shelf, events, evaluation).run()
+        if isinstance(strategy, AsynchronousStrategy):
+            assert clock is not None
+            AsynchronousRun(
+                recipe, sites, clock, strategy, model, engine, journal, shelf, folder, events, evaluation
+            ).run()
+        else:
+            FederatedRun(recipe, lambda _: sites, strategy, model, engine, journal, shelf, events, evaluation).run()
         theta = model.state.theta
         bench.save(theta, folder.path / "adapter", tokenizer=True)
         digest = theta.digest()
         events.emit("adapter_saved", folder="adapter", digest=digest)
         if {"local", "centralised"} & set(recipe.evaluation.controls):
-            run_controls(recipe, sites, engine, journal, events)
+            run_controls(with_equal_budget(recipe, strategy, len(sites.names)), sites, engine, journal, events)
         return {"workers": engine.num_workers, "adapter_digest": digest}
 
 
@@ -138,6 +154,11 @@ def _strategy(recipe: Recipe, num_sites: int) -> Strategy:
     kind = resolve("strategy", method.name)
     strategy: Strategy = kind(kind.Options(**method.options), num_sites=num_sites)
     return strategy
+
+
+def _clock(recipe: Recipe, sites: Sites) -> VirtualClock | None:
+    spec = recipe.federation.clock
+    return VirtualClock.of(spec, sites, seed=recipe.seed) if spec.runs else None
 
 
 def _digests(recipe: Recipe, bench: Bench) -> dict[str, str]:
@@ -149,6 +170,7 @@ def _digests(recipe: Recipe, bench: Bench) -> dict[str, str]:
         "data": str(bench.partition["digest"]),
         "adapter layout": bench.theta.layout.digest,
         "initial adapter": bench.theta.digest(),
+        **bench.must_match_too,
     }
 
 

@@ -29,11 +29,14 @@ EVALUATION = {"controls": ["base"], "samples": 1, "max_new_tokens": 4}
 
 
 def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """FedAvg; SCAFFOLD, with private state at the sites; and a cohort that is a part of the sites."""
+    """FedAvg; SCAFFOLD, with private state at the sites; a cohort that is a part of the sites; and LoRA's halves frozen
+    for good (the frozen one is never sent) or in turn."""
     variants: dict[str, dict[str, Any]] = {
         "fedavg": {},
         "scaffold": {"strategy": "scaffold"},
         "partial": {"cohort": 2, "strategy": "fedadam"},
+        "ffa-lora": {"strategy": "ffa-lora"},
+        "rolora": {"strategy": "rolora"},
     }
     recipes = {name: make_recipe(name=name, federation=f, evaluation=EVALUATION) for name, f in variants.items()}
     recipe, names, left_out = partitioned(recipes["fedavg"], 3)
@@ -47,7 +50,9 @@ def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp
             for key in ("arms", "samples", "gains"):
                 assert without_seconds(found[key]) == without_seconds(expected[key]), (name, key)
             assert heard.count("round_committed") == 2
-            assert (tmp_path / name / "adapter" / "adapter_model.safetensors").exists()
+            folders = (tmp_path / name / "adapter", tmp_path / f"{name}-here" / "adapter")
+            fetched, here = ((folder / "adapter_model.safetensors").read_bytes() for folder in folders)
+            assert fetched == here, name
         policy = load_policy(tmp_path / "federation" / "sites" / "north")
         assert policy.models == [expected["model"]["digest"]]
         assert policy.signers != ["any"]

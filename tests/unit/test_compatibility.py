@@ -17,12 +17,15 @@ from commonweight.recipe.methods import catalogue, methods_markdown
 ASKED: dict[str, tuple[Callable[[dict[str, Any]], None], bool]] = {
     "over a network": (lambda values: None, True),
     "adapters other than lora, rslora": (lambda values: values["model"]["adapter"].update(kind="ia3"), False),
+    "no virtual clock": (lambda values: values["federation"].pop("clock"), False),
     "deadlines, over-selection": (lambda values: values["federation"].update(deadline_s=5.0), False),
 }
 
+CLOCK = {"slowest": 1.0, "fastest": 2.0}
+
 
 def plain(strategy: str) -> dict[str, Any]:
-    return {"name": "x", "model": {"adapter": {"kind": "lora"}}, "federation": {"strategy": strategy}}
+    return {"name": "x", "model": {"adapter": {"kind": "lora"}}, "federation": {"strategy": strategy, "clock": CLOCK}}
 
 
 def test_every_column_has_a_recipe_that_asks_for_it_alone() -> None:
@@ -51,7 +54,9 @@ def test_a_cell_says_what_a_recipe_meets(strategy: str, feature: Any) -> None:
     )
     assert refused.value.hint == feature.instead
     assert "fedavg" in feature.instead
-    check_pairings(Recipe.model_validate({**values, "federation": {"strategy": "fedavg"}}), network=network)
+    check_pairings(
+        Recipe.model_validate({**values, "federation": {**values["federation"], "strategy": "fedavg"}}), network=network
+    )
 
 
 @pytest.mark.parametrize("strategy", registry.names("strategy"))
@@ -63,7 +68,7 @@ def test_methods_and_their_page_show_the_table() -> None:
     rows = {m["name"]: m["goes_with"] for m in catalogue() if m["kind"] == "strategy"}
     assert rows["fedavg"] == dict.fromkeys((feature.name for feature in FEATURES), True)
     page = methods_markdown()
-    assert "| `fedavg` | yes | yes | yes |" in page
+    assert "| `fedavg` | yes | yes | yes | yes |" in page
     for feature in FEATURES:
         assert f"- *{feature.name}*, where it says no: {feature.because}. {feature.instead}." in page
     for name, row in rows.items():

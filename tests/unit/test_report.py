@@ -35,6 +35,7 @@ from commonweight.evaluate import (
     text,
     write_report,
 )
+from commonweight.evaluate.cards import cards
 from commonweight.evaluate.summary import num_sites, share_of_pooling, tally
 
 COLLECTIONS = (
@@ -401,6 +402,30 @@ def test_controls_have_one_row_an_arm(metrics: dict[str, Any]) -> None:
     best = next(row for row in table if row["arm"] == "local_best")
     assert best["worst_loss"] == max(one["best_loss"] for one in metrics["arms"]["local"]["sites"].values())
     assert controls_table({"arms": {}}) == []
+    assert federated["loss_std"] == pytest.approx(np.std(list(losses.values())), rel=1e-12)
+    assert best["loss_std"] != pytest.approx(federated["loss_std"], rel=1e-3)
+    nothing = controls_table({"arms": {"federated": {"macro_loss": 2.0, "sites": {}}}})
+    assert [(row["worst_site"], row["worst_loss"], row["loss_std"]) for row in nothing] == [(None, None, None)]
+
+
+def test_the_worst_site_stands_beside_the_mean_also_where_there_is_one_arm() -> None:
+    alone = Run().metrics(controls=())
+    losses = {name: one["loss"] for name, one in alone["arms"]["federated"]["sites"].items()}
+    worst = max(losses, key=lambda name: losses[name])
+    mean, card = cards(alone)[:2]
+    assert mean["label"] == "Mean loss, together"
+    assert (card["label"], card["value"]) == ("Worst site’s loss, together", f"{losses[worst]:.2f}")
+    assert card["note"] == f"{worst}; spread {np.std(list(losses.values())):.2f}"
+    assert "Worst site’s loss, together" in build_report(alone, RECIPE)
+    one = Run(("only",)).metrics(controls=())
+    assert not any(card["label"].startswith("Worst") for card in cards(one))
+
+
+def test_the_table_of_arms_shows_the_worst_site_and_the_spread_of_each(metrics: dict[str, Any]) -> None:
+    page = build_report(metrics, RECIPE)
+    for row in controls_table(metrics):
+        cell = rf"{re.escape(row['worst_site'])}.{{0,40}}{row['worst_loss']:.3f}.{{0,40}}{row['loss_std']:.3f}"
+        assert re.search(cell, page, re.DOTALL), row["arm"]
 
 
 def test_gains_are_sorted_and_say_what_was_measured(metrics: dict[str, Any]) -> None:

@@ -84,6 +84,20 @@ def require_field(field: str, known: Sequence[str], option: str) -> None:
         )
 
 
+def require_sites(names: Iterable[str], known: Sequence[str], option: str) -> None:
+    """Check that sites named by the recipe are there.
+
+    Raises:
+        RecipeError: one is not; names the option, the site, the nearest known one and those that there are.
+    """
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise RecipeError(
+            f"{option} names {unknown[0]!r}, which is no site of this run",
+            hint=f"{suggestion(unknown[0], known)}The sites are: {listed(known)}",
+        )
+
+
 def require_values(rows: Sequence[Row], field: str, option: str) -> list[Any]:
     """The field's value in each row.
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..data.names import require_sites
 from ..data.sites import Site, load_sites
 from ..errors import RecipeError
 from ..federation.folder import storage_errors
 from ..federation.tally import Sites
-from ..model.adapters import attach_adapter, save_adapter
+from ..model.adapters import attach_adapter, freeze, save_adapter
 from ..model.base import Base, choose_device, load_base, weights_digest
 from ..model.tensors import NamedTensors
 from ..model.trainables import Trainables
@@ -32,6 +33,7 @@ class Bench:
         theta: the initial global tensors, as the adapter was made.
         partition: the partition report.
         base_digest: `weights_digest` of the base as it was loaded.
+        frozen: adapter tensors that the strategy keeps out of training, and so out of `theta`; a copy.
     """
 
     recipe: Recipe
@@ -43,13 +45,19 @@ class Bench:
     theta: NamedTensors
     partition: dict[str, Any]
     base_digest: str
+    frozen: NamedTensors = field(default_factory=lambda: NamedTensors.of({}))
+
+    @property
+    def must_match_too(self) -> dict[str, str]:
+        """What sites must have alike beside the handshake: tensors that are drawn from the seed and never sent."""
+        return {"frozen tensors": self.frozen.digest()} if self.frozen else {}
 
     @property
     def facts(self) -> Sites:
         """What the loop knows of the sites."""
         spec, names = self.recipe.training, tuple(self.sites)
         rows = {n: len(batches.sequences(s.train, spec, self.pack_seed(n))) for n, s in self.sites.items()}
-        steps = {name: batches.num_steps(spec, rows[name]) for name in names}
+        steps = {name: spec.steps_within_budget(name, batches.num_steps(spec, rows[name])) for name in names}
         return Sites(names, steps, {name: site.groups for name, site in self.sites.items()})
 
     def save(self, theta: NamedTensors, folder: Path, *, tokenizer: bool = False) -> None:
@@ -85,10 +93,14 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
     sites, partition = gather(
         recipe.data, seed=recipe.seed, tokenizer=base.tokenizer, max_tokens=recipe.training.max_tokens
     )
+    if sites:  # whoever builds a bench without data cannot know their names
+        require_sites(recipe.training.budget, [site.name for site in sites], "training.budget")
     digest = weights_digest(base.model)  # before the adapter's tensors join it
     model = attach_adapter(base, spec.adapter, seed=derive_seed(recipe.seed, "adapter"))
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    part = _frozen_part(recipe)
+    frozen = freeze(model, part) if part else NamedTensors.of({})
     trainables = Trainables(model)
     language_model = LanguageModel(model, autocast_dtype=autocast_dtype(recipe.training, base.device))
     if recipe.training.packing and not language_model.keeps_packed_apart():
@@ -99,7 +111,19 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
     objective = _objective(recipe.training.objective)
     theta = NamedTensors(trainables.values.layout, {d: f.cpu().clone() for d, f in trainables.values.flats.items()})
     participant = Participant(language_model, trainables)
-    return Bench(recipe, base, model, participant, objective, {s.name: s for s in sites}, theta, partition, digest)
+    return Bench(
+        recipe, base, model, participant, objective, {s.name: s for s in sites}, theta, partition, digest, frozen
+    )
+
+
+def _frozen_part(recipe: Recipe) -> str:
+    """What the recipe's strategy freezes. A site need not have the code of a strategy, which runs at the coordinator:
+    if it freezes something, the layouts then differ, and the handshake says so."""
+    try:
+        strategy = resolve("strategy", recipe.federation.strategy.name)
+    except RecipeError:
+        return ""
+    return str(getattr(strategy, "frozen", ""))
 
 
 def _objective(method: Method) -> Objective:

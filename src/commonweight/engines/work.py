@@ -78,7 +78,7 @@ class TaskWork:
             SiteError: a loss that is not finite; Cancelled.
         """
         began, site, theta = time.perf_counter(), self.bench.sites[task.site], broadcast["theta"]
-        change = correction(task.correction, theta, broadcast, state)
+        change = correction(task.correction, theta, broadcast, state, round=task.round)
         self.values.copy_(theta)
         result = self.bench.objective.work(
             self.bench.participant,
@@ -100,11 +100,14 @@ class TaskWork:
         self._difference(theta, delta)
         further, new_state = change.finish(delta, lr=task.lr, steps=result.num_steps)
         # plain numbers: an objective of one's own may count in NumPy's or torch's
+        metrics = {"loss": float(result.loss), "seconds": time.perf_counter() - began}
+        if result.first_loss is not None:
+            metrics["first_loss"] = float(result.first_loss)
         figures = {
             "num_examples": int(result.num_examples),
             "num_label_tokens": int(result.num_label_tokens),
             "num_steps": int(result.num_steps),
-            "metrics": {"loss": float(result.loss), "seconds": time.perf_counter() - began},
+            "metrics": metrics,
         }
         return Trained(further, new_state, figures)
 

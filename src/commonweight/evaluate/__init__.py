@@ -1,6 +1,6 @@
 """How good a run's models are, how sure that is, and the report that says so."""
 
-from .metrics import Scores, compare, macro, macro_interval, summarise
+from .metrics import Scores, compare, macro, macro_interval, spread, summarise
 from .report import build_report, write_report
 from .summary import controls_table, gains, headline, plain_summary
 
@@ -14,6 +14,7 @@ __all__ = [
     "macro",
     "macro_interval",
     "plain_summary",
+    "spread",
     "summarise",
     "write_report",
 ]

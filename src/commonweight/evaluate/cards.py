@@ -7,7 +7,7 @@ from typing import Any
 
 from .metrics import perplexity
 from .summary import controls_table, dig, macro_loss, num_sites, share_of_pooling, starting_loss, tally
-from .text import duration, finite, number, percent, size, span, surprise, whole
+from .text import duration, finite, number, percent, shortened, size, span, surprise, whole
 
 Metrics = Mapping[str, Any]
 
@@ -16,6 +16,7 @@ def cards(metrics: Metrics) -> list[dict[str, str]]:
     """Key figures: `label`, `value`, `note`."""
     makers: tuple[Callable[[Metrics], tuple[str, str, str] | None], ...] = (
         _loss_card,
+        _worst_card,
         _perplexity_card,
         _verdict_card,
         _pooling_card,
@@ -35,8 +36,20 @@ def _loss_card(metrics: Metrics) -> tuple[str, str, str] | None:
     return "Mean loss, together", number(loss), f"95\u202f% interval {span(ci95)}" if ci95 else "nats per token"
 
 
+def _federated(metrics: Metrics) -> Mapping[str, Any] | None:
+    return next((row for row in controls_table(metrics) if row["arm"] == "federated"), None)
+
+
+def _worst_card(metrics: Metrics) -> tuple[str, str, str] | None:
+    row = _federated(metrics)
+    if row is None or row["worst_site"] is None or num_sites(metrics) < 2:
+        return None
+    name = shortened(row["worst_site"], 24)
+    return "Worst site’s loss, together", number(row["worst_loss"]), f"{name}; spread {number(row['loss_std'])}"
+
+
 def _perplexity_card(metrics: Metrics) -> tuple[str, str, str] | None:
-    row = next((row for row in controls_table(metrics) if row["arm"] == "federated"), None)
+    row = _federated(metrics)
     before = starting_loss(metrics)
     if row is None:
         return None

@@ -176,6 +176,23 @@ def macro(site_summaries: Mapping[str, Mapping[str, Any]], key: str = "loss") ->
     return float(np.mean([summary[key] for summary in site_summaries.values()]))
 
 
+def spread(site_summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """How unequally one arm serves the sites, from the summaries of `summarise`.
+
+    Returns:
+        `worst_site` and `worst_loss`: the highest loss, the first by name among equals; `loss_std`: the standard
+        deviation of the losses over these sites (divided by their number, for they are all there are), 0 for one.
+
+    Raises:
+        DataError: there is no site.
+    """
+    mean = macro(site_summaries)
+    losses = {name: float(site_summaries[name]["loss"]) for name in sorted(site_summaries)}
+    worst = max(losses, key=lambda name: losses[name])
+    deviation = math.sqrt(sum((loss - mean) ** 2 for loss in losses.values()) / len(losses))
+    return {"worst_site": worst, "worst_loss": losses[worst], "loss_std": deviation}
+
+
 def macro_interval(
     sites: Mapping[str, tuple[Scores, Groups]], *, resamples: int = 1000, seed: int = 0
 ) -> list[float] | None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .metrics import perplexity
+from .metrics import perplexity, spread
 from .text import count, counted, finite, listed, number, percent, sentence, significant, size, span, surprise
 
 Metrics = Mapping[str, Any]
@@ -70,16 +70,17 @@ def controls_table(metrics: Metrics) -> list[Row]:
     """One row an arm that was run, in the order of `ARMS`.
 
     Keys: `arm`, `label`, `macro_loss`, `ci95`, `perplexity` (e to the macro loss), `token_accuracy`, `exact_match`,
-    `choice_accuracy`, `worst_site`, `worst_loss`. `local_best` (each site's best round, chosen on the test rows) and
-    `local_everyone` (each site's model on all sites' test rows, the mean of means) have neither interval nor rates.
+    `choice_accuracy`, `worst_site`, `worst_loss`, `loss_std` (`metrics.spread`). `local_best` (each site's best round,
+    chosen on the test rows) and `local_everyone` (each site's model on all sites' test rows, the mean of means) have
+    neither interval nor rates.
     """
     return [_control(metrics, arm) for arm in ARMS if macro_loss(metrics, arm) is not None]
 
 
 def _control(metrics: Metrics, arm: str) -> Row:
     loss = macro_loss(metrics, arm)
-    losses = site_losses(metrics, arm)
-    worst = max(losses, key=lambda name: losses[name], default=None)
+    losses = {name: {"loss": loss} for name, loss in site_losses(metrics, arm).items()}
+    apart = spread(losses) if losses else dict.fromkeys(("worst_site", "worst_loss", "loss_std"))
     return {
         "arm": arm,
         "label": ARMS[arm],
@@ -87,8 +88,7 @@ def _control(metrics: Metrics, arm: str) -> Row:
         "ci95": dig(metrics, "arms", arm, "ci95"),
         "perplexity": None if loss is None else perplexity(loss),
         **{rate: finite(dig(metrics, "arms", arm, rate)) for rate in RATES},
-        "worst_site": worst,
-        "worst_loss": None if worst is None else losses[worst],
+        **apart,
     }
 
 

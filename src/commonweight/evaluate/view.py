@@ -71,6 +71,7 @@ def controls(metrics: Metrics) -> View:
             "perplexity": surprise(row["perplexity"]),
             "rates": [percent(row[key], 1) for key in rates],
             "worst": number(row["worst_loss"], 3),
+            "spread": number(row["loss_std"], 3),
             "strip_svg": rows.strip(row, x),
         }
         for row in table

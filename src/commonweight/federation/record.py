@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..evaluate.metrics import Scores, compare, macro, macro_interval, summarise
+from ..evaluate.metrics import Scores, compare, macro, macro_interval, spread, summarise
 from ..recipe.schema import Recipe
 from .journal import RunJournal
 from .tally import Sites
@@ -104,6 +104,7 @@ class Record:
         found = {
             "macro_loss": macro(sites),
             "ci95": macro_interval({site: (s, groups[site]) for site, s in scores.items()}, **options),
+            **spread(sites),
             "token_accuracy": macro(sites, "token_accuracy"),
             "seconds": seconds,
             "sites": sites,

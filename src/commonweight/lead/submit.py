@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from ..data.names import require_sites
 from ..data.sites import Site
 from ..engines.bench import Bench, build_bench
 from ..engines.handshake import handshake
@@ -39,6 +40,11 @@ class Prepared:
 
 def networked(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The recipe as it can be carried out over a network, and a sentence for each thing that is left out."""
+    if recipe.federation.clock.runs:
+        raise RecipeError(
+            "federation.clock is a simulation's: over a network sites are as fast as they are",
+            hint="leave federation.clock out, or carry the recipe out by `commonweight run`",
+        )
     controls = recipe.evaluation.controls
     if "centralised" not in controls:
         return recipe, []
@@ -80,6 +86,8 @@ def prepare(
     check_methods(recipe, network=True)
     if len(set(sites)) != len(sites):
         raise RecipeError("a site is named twice")
+    if sites:  # of a run that is open to every site nobody knows the names yet
+        require_sites(recipe.training.budget, sites, "training.budget")
     bench = model_bench(recipe)
     tensors = {"theta": bench.theta}
     frame = frame_of(tensors, plan_for(bench.theta.layout, (Channel("theta"),), chunk_bytes))
@@ -90,7 +98,7 @@ def prepare(
         kind="train",
         purpose=purpose,
         sites=sites,
-        must_match=handshake(bench),
+        must_match={**handshake(bench), **bench.must_match_too},
         initial=frame.header,
         submitted_at=time.time(),
     )

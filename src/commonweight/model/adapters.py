@@ -13,6 +13,8 @@ import torch
 from ..errors import ModelError
 from ..recipe.schema import LORA_KINDS, AdapterSpec
 from .base import Base, because
+from .tensors import NamedTensors
+from .trainables import has_part
 
 
 def attach_adapter(base: Base, spec: AdapterSpec, *, seed: int) -> Any:
@@ -40,6 +42,35 @@ def attach_adapter(base: Base, spec: AdapterSpec, *, seed: int) -> Any:
                 f"a {spec.kind} adapter does not fit model {base.name!r}" + because(error),
                 hint=_targets_hint(base),
             ) from error
+
+
+def freeze(model: Any, part: str) -> NamedTensors:
+    """Take a part of an adapter out of training: every tensor whose dotted name has it (`lora_A`). Call it before the
+    `Trainables` are made, which then leave it out.
+
+    Returns:
+        A copy of what was frozen, by parameter name.
+
+    Raises:
+        ModelError: the adapter has no such part, or has pairs of which it is not the half that starts at random.
+    """
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    # peft starts an embedding's pair the other way round, A at zero: B alone could never learn anything there
+    reverse = next((name for name in trainable if "lora_embedding_" in name), None)
+    if reverse is not None:
+        raise ModelError(
+            f"the adapter has a pair on an embedding ({reverse}), whose halves cannot be frozen apart",
+            hint="leave the embedding out of model.adapter.targets, or use federation.strategy fedavg",
+        )
+    frozen = {name: parameter for name, parameter in trainable.items() if has_part(name, part)}
+    if not frozen:
+        raise ModelError(
+            f"the strategy freezes {part}, which this adapter does not have",
+            hint="use model.adapter.kind lora or rslora, or federation.strategy fedavg",
+        )
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    return NamedTensors.of(frozen)
 
 
 def _check_targets(base: Base, spec: AdapterSpec) -> None:
@@ -113,8 +144,14 @@ def adapter_off(model: Any) -> Iterator[None]:
     if not is_adapter(model):
         yield
         return
-    with model.disable_adapter():
-        yield
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        # peft leaves the whole adapter trainable behind it, frozen parts too
+        for parameter, was in trained.items():
+            parameter.requires_grad_(was)
 
 
 def save_adapter(model: Any, tokenizer: Any | None, folder: Path) -> None:

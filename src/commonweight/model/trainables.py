@@ -10,6 +10,11 @@ from ..errors import ModelError
 from .tensors import NamedTensors
 
 
+def has_part(name: str, part: str) -> bool:
+    """Whether a parameter's dotted name has this part: `lora_A` in `….q_proj.lora_A.default.weight`."""
+    return part in name.split(".")
+
+
 class Trainables:
     """The trainable tensors of a model, moved into flat buffers; the model goes on using them.
 

@@ -59,6 +59,13 @@ FEATURES = (
         "Use model.adapter.kind lora or rslora, or the strategy fedavg",
     ),
     Feature(
+        "no virtual clock",
+        lambda recipe, network: not recipe.federation.clock.runs,
+        lambda strategy: not _is(strategy, "asynchronous"),
+        "it is asynchronous, and in a simulation only a clock says which site is faster",
+        "Give the sites speeds, such as federation.clock: {slowest: 1, fastest: 10}, or use the strategy fedavg",
+    ),
+    Feature(
         "deadlines, over-selection",
         lambda recipe, network: recipe.federation.deadline_s is not None or recipe.federation.over_selection > 1,
         lambda strategy: not _is(strategy, "asynchronous"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel, BeforeValidator
@@ -73,7 +73,7 @@ def choices(field: FieldInfo) -> list[str]:
 
 
 def takes_text(field: FieldInfo) -> bool:
-    """Whether free text is among what the field, or an item of its list, may be."""
+    """Whether free text is among what the field, or an item of its list or mapping, may be."""
     return str in _leaves(field.annotation)
 
 
@@ -95,6 +95,10 @@ def _words(kind: Any, limits: str) -> str:
     if origin is list:
         inner = args[0]
         return f"a list of {_PLURAL.get(inner) or _words(inner, '')}"
+    if origin is dict:
+        return f"a mapping of names, each to {_words(args[1], '')}"
+    if origin is Annotated:
+        return _words(args[0], _limits([item for extra in args[1:] for item in extra.metadata]))
     if origin is tuple and Ellipsis not in args:
         return f"a list of {len(args)} {_PLURAL.get(args[0], 'values')}"
     return f"{_PLAIN[kind]}{limits}" if kind in _PLAIN else ""
@@ -141,4 +145,8 @@ def _leaves(kind: Any) -> set[Any]:
     args = get_args(kind)
     if get_origin(kind) is Literal or not args:
         return {kind}
+    if get_origin(kind) is Annotated:
+        args = args[:1]
+    if get_origin(kind) is dict:
+        args = args[1:]
     return {leaf for arg in args for leaf in _leaves(arg)}

@@ -240,6 +240,11 @@ class TrainingSpec(Section):
     warmup_rounds: int = Field(0, ge=0, description="Rounds over which the learning rate rises to `lr`.")
     epochs: float | None = Field(None, gt=0, description="Passes over the site's examples a round. Default 1.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps a round, instead of `epochs`.")
+    budget: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        {},
+        description="Slow sites, by name: the share of its steps that a site takes, rounded down, at least one step. "
+        "`{clinic: 0.25}`. The strategy `fednova` evens out what unequal steps do.",
+    )
     batch_size: int = Field(8, ge=1, description="Examples (packed: sequences) an optimizer step.")
     micro_batch_size: int | Literal["auto"] = Field(
         "auto",
@@ -268,6 +273,10 @@ class TrainingSpec(Section):
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
         return self
+
+    def steps_within_budget(self, site: str, steps: int) -> int:
+        """How many of a round's `steps` a site takes."""
+        return max(1, math.floor(self.budget.get(site, 1.0) * steps + 1e-9))
 
 
 class CohortSpec(Section):
@@ -303,6 +312,51 @@ def _cohort(value: object) -> object:
     if isinstance(value, float):
         return {"fraction": value}
     return value
+
+
+class ClockSpec(Section):
+    """Simulation: how fast each site works, on a virtual clock. Without `speeds` or `fastest` there is no clock.
+
+    An asynchronous strategy goes by the clock; of a synchronous run, the metrics say how long each round would have
+    taken: as long as its slowest site.
+    """
+
+    speeds: list[float] | None = Field(
+        None, description="Each site's optimizer steps a virtual second, in the order of the sites."
+    )
+    slowest: float | None = Field(None, gt=0, description="Instead: the slowest site's speed …")
+    fastest: float | None = Field(None, gt=0, description="… and the fastest's.")
+    spread: Literal["even", "lognormal"] = Field(
+        "even",
+        description="Speeds between `slowest` and `fastest`: at even distances, dealt to the sites by the seed, or "
+        "drawn from a log-normal distribution, of which four standard deviations lie between the two.",
+    )
+    availability: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Chance that a site carries a task through; a try that breaks off costs as long and is repeated.",
+    )
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a clock."""
+        return self.speeds is not None or self.fastest is not None
+
+    @model_validator(mode="after")
+    def _speeds_in_one_way(self) -> Self:
+        if (self.slowest is None) != (self.fastest is None):
+            raise ValueError("`slowest` and `fastest` go together")
+        if self.slowest is not None and self.fastest is not None:
+            if self.speeds is not None:
+                raise ValueError("give `speeds`, or `slowest` and `fastest`, not both")
+            if self.slowest > self.fastest:
+                raise ValueError(f"slowest {self.slowest:g} is above fastest {self.fastest:g}")
+        if self.speeds is not None and not (self.speeds and all(speed > 0 for speed in self.speeds)):
+            raise ValueError(f"speeds {self.speeds} must be numbers above 0, one for each site")
+        if not self.runs and (self.availability < 1 or self.spread != "even"):
+            raise ValueError("a clock needs `speeds`, or `slowest` and `fastest`")
+        return self
 
 
 class FederationSpec(Section):
@@ -344,6 +398,7 @@ class FederationSpec(Section):
         default_factory=lambda: Method(name="fedavg"),
         description="How updates combine; `commonweight methods` lists them.",
     )
+    clock: ClockSpec = Field(default_factory=ClockSpec, description="Simulation: the sites' speeds.")
     weighting: Literal["examples", "tokens", "uniform"] = Field(
         "examples", description="A site's weight in the mean: examples or label tokens it trained on, or all alike."
     )

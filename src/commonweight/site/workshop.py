@@ -40,7 +40,7 @@ Progress = Callable[[str], None]
 
 _MAX_RECIPE_CHARACTERS = 1 << 20
 #: kinds of corrections, and the channels that each needs of the base
-_CORRECTIONS = {"none": ("theta",), "prox": ("theta",), "scaffold": ("theta", "control")}
+_CORRECTIONS = {"none": ("theta",), "prox": ("theta",), "scaffold": ("theta", "control"), "freeze": ("theta",)}
 #: torch's random numbers and threads belong to the whole process: one piece of work at a time, whosever it is
 _TURN = threading.Lock()
 _TURN_POLL_S = 0.1
@@ -197,6 +197,8 @@ class RecipeWorkshop:
             channels = {"delta": delta, **done.further}
             _refuse_non_finite(channels)
             files.keep_private_state(task, done.state)
+            # the loss of one batch says more of its few rows than a strategy that runs over a network asks for
+            done.figures["metrics"].pop("first_loss", None)
             return Work(channels, **done.figures)
 
     def answer(
@@ -268,17 +270,20 @@ class RecipeWorkshop:
         progress("opening the recipe, the data and the model")
         bench = build_bench(self._recipe(job), gather=self._gather)
         progress("checking what must match")
-        check_handshake(job.must_match, handshake(bench))
+        check_handshake(job.must_match, {**handshake(bench), **bench.must_match_too})
         return bench
 
     def _recipe(self, job: JobLike) -> Recipe:
-        """The job's recipe over this site's rows and device."""
+        """The job's recipe over this site's rows and device, with its own budget under its name in these rows."""
         if len(job.recipe) > _MAX_RECIPE_CHARACTERS:
             raise SiteError("the job's recipe is larger than 1 MiB: this is no recipe")
         recipe = validate(Recipe, read_source(job.recipe, "the job's recipe"))
         data = self.settings.data_spec(recipe.data, job.purpose)
         engine = recipe.engine.model_copy(update={"device": self.settings.device})
-        return recipe.model_copy(update={"data": data, "engine": engine})
+        share = recipe.training.budget.get(self.settings.name)
+        budget = {} if share is None else {self.local_name: share}
+        training = recipe.training.model_copy(update={"budget": budget})
+        return recipe.model_copy(update={"data": data, "engine": engine, "training": training})
 
     def _gather(
         self, spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int

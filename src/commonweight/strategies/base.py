@@ -73,6 +73,9 @@ class Strategy(ABC):
     #: whether each site keeps state of its own between rounds (SCAFFOLD's cᵢ)
     site_state: ClassVar[bool] = False
 
+    #: tensors that are never trained, sent or averaged: those whose dotted names have this part (`lora_A`); "": none
+    frozen: ClassVar[str] = ""
+
     #: whether it works on LoRA's pairs A, B and means nothing without them
     pairs: ClassVar[bool] = False
     #: whether it takes in updates as they come, without rounds in which sites wait for each other
@@ -83,9 +86,12 @@ class Strategy(ABC):
         self.options = options if options is not None else self.Options()
         self.num_sites = num_sites
 
+    def check(self, num_sites: int) -> None:  # noqa: B027  # most strategies are content with any number
+        """Raises RecipeError: a round to which `num_sites` sites are invited is too small for what it promises."""
+
     def correction(self) -> dict[str, Any]:
-        """What a site changes in its local steps: `{"kind": "none"}`, `{"kind": "prox", "mu": …}` or
-        `{"kind": "scaffold"}`.
+        """What a site changes in its local steps: `{"kind": "none"}`, `{"kind": "prox", "mu": …}`,
+        `{"kind": "scaffold"}` or `{"kind": "freeze", "in_turn": […]}`, parts of names that rest, one a round.
         """
         return {"kind": "none"}
 

@@ -93,13 +93,19 @@ def add_vector(theta: NamedTensors, vector: Tensor, *, lr: float = 1.0) -> None:
 def matrices(layout: Layout) -> dict[str, tuple[str, str]]:
     """LoRA pairs by the name of their module: (name of A, r × in; name of B, out × r).
 
-    Names are peft's: `….lora_A.weight` and `….lora_B.weight`, with the adapter's name in between or without.
+    Names are peft's: `….lora_A.weight` and `….lora_B.weight`, or `….lora_A.default.weight` with an adapter's name in
+    between, which then ends the key (`….default`): a module may have several. Only matrices whose product exists are
+    pairs: a convolution's factors or a bias are not.
     """
     found: dict[str, dict[str, str]] = {}
-    for name in layout.by_name:
+    for name, entry in layout.by_name.items():
         for letter in "AB":
-            mark = f".lora_{letter}."
-            if mark in name:
-                module, _, tail = name.partition(mark)
-                found.setdefault(f"{module}|{tail}", {})[letter] = name
-    return {key.partition("|")[0]: (pair["A"], pair["B"]) for key, pair in found.items() if len(pair) == 2}
+            module, mark, tail = name.partition(f".lora_{letter}.")
+            if mark and tail.split(".")[-1] == "weight" and len(entry.shape) == 2:
+                found.setdefault(".".join([module, *tail.split(".")[:-1]]), {})[letter] = name
+    shapes = {name: entry.shape for name, entry in layout.by_name.items()}
+    return {
+        key: (pair["A"], pair["B"])
+        for key, pair in found.items()
+        if len(pair) == 2 and shapes[pair["A"]][0] == shapes[pair["B"]][1]
+    }

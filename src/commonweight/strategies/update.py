@@ -20,7 +20,8 @@ class Update:
             more (SCAFFOLD: `control`). Views that may be reused once the update has been folded.
         weight: its weight in the mean (examples, label tokens, or 1), as the recipe's `federation.weighting` says.
         num_examples, num_label_tokens, num_steps: what it trained on and for how long.
-        metrics: figures for people (`loss`: mean nats a label token over the local work; `seconds`).
+        metrics: figures for people (`loss`: mean nats a label token over the local work; `seconds`), and `first_loss`,
+            that of the first step, from which some strategies weigh; it does not leave a networked site.
     """
 
     site: str

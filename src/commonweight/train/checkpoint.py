@@ -31,12 +31,14 @@ Writer = Callable[[Path, Mapping[str, Tensor], Mapping[str, str]], None]
 
 @dataclass
 class Sums:
-    """What local work has added up so far: steps, examples, label tokens, nats."""
+    """What local work has added up so far: steps, examples, label tokens, nats; and the mean nats a label token of its
+    first step."""
 
     steps: int = 0
     examples: int = 0
     labels: int = 0
     nats: float = 0.0
+    first_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,20 @@
 """What a strategy changes in a site's own steps.
 
-Each correction works on flat gradients, after the loss's gradient is there and before clipping.
+Each correction works on flat gradients, after the loss's gradient is there and before clipping; one that keeps
+something from moving also has a word after the optimizer's step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from ..errors import SiteError
 from ..model.tensors import NamedTensors
+from ..model.trainables import has_part
 
 
 class Correction(Protocol):
@@ -18,6 +22,9 @@ class Correction(Protocol):
 
     def adjust(self, values: NamedTensors, gradients: NamedTensors) -> None:
         """Change the gradients in place, given the current values θᵢ."""
+
+    def settle(self, values: NamedTensors) -> None:
+        """After the optimizer's step: change the values θᵢ in place."""
 
     def finish(
         self, delta: NamedTensors, *, lr: float, steps: int
@@ -27,6 +34,9 @@ class Correction(Protocol):
 
 class NoCorrection:
     def adjust(self, values: NamedTensors, gradients: NamedTensors) -> None:
+        pass
+
+    def settle(self, values: NamedTensors) -> None:
         pass
 
     def finish(
@@ -75,15 +85,80 @@ class Scaffold(NoCorrection):
         return {"control": change}, {"control": new}
 
 
+class Freeze(NoCorrection):
+    """RoLoRA: a part of the tensors rests, another one each round (Chen 2024, arXiv:2409.02346).
+
+    Its gradient is made zero, so that clipping and the optimizer's moments do not know of it; weight decay, which needs
+    no gradient, is undone after each step. So the part keeps θ's bits, and its delta is exactly zero.
+
+    Args:
+        in_turn: parts of dotted names; round r rests in_turn[(r − 1) mod their number]. Each tensor has one of them.
+        round: r, from 1.
+    """
+
+    def __init__(self, theta: NamedTensors, in_turn: Sequence[str], round: int) -> None:
+        if round < 1:
+            raise ValueError(f"what rests alternates from round 1 on; this is round {round}")
+        for name in theta:
+            if sum(has_part(name, part) for part in in_turn) != 1:
+                raise SiteError(
+                    f"the strategy trains {' and '.join(in_turn)} in turn, and {name!r} is not one of them",
+                    hint="use model.adapter.kind lora or rslora on linear layers, or federation.strategy fedavg",
+                )
+        resting = in_turn[(round - 1) % len(in_turn)]
+        self.theta = {name: tensor for name, tensor in theta.items() if has_part(name, resting)}
+        self.kept: dict[str, Tensor] = {}
+
+    def adjust(self, values: NamedTensors, gradients: NamedTensors) -> None:
+        for name in self.theta:
+            gradients[name].zero_()
+
+    def settle(self, values: NamedTensors) -> None:
+        if not self.kept:
+            self.kept = {name: tensor.to(values[name].device) for name, tensor in self.theta.items()}
+        for name, tensor in self.kept.items():
+            values[name].copy_(tensor)
+
+    def finish(
+        self, delta: NamedTensors, *, lr: float, steps: int
+    ) -> tuple[dict[str, NamedTensors], dict[str, NamedTensors]]:
+        """Raises SiteError: the objective moved what rests."""
+        moved = next((name for name in self.theta if delta[name].any()), None)
+        if moved is not None:
+            raise SiteError(
+                f"the objective trained {moved!r}, which rests in this round",
+                hint="an objective with a `work` of its own must call task.correction: `adjust` before each optimizer "
+                "step and `settle` after it",
+            )
+        return {}, {}
+
+
 def correction(
     spec: Mapping[str, Any],
     theta: NamedTensors,
     broadcast: Mapping[str, NamedTensors],
     site_state: Mapping[str, NamedTensors],
+    *,
+    round: int = 0,
 ) -> Correction:
-    """The correction that a strategy's `correction()` asked for, over one task's global tensors and the site's own."""
-    if spec["kind"] == "prox":
+    """The correction that a strategy's `correction()` asked for, over one task's global tensors and the site's own.
+
+    Args:
+        round: the task's; one that alternates needs it.
+
+    Raises:
+        SiteError: a kind that is not known here, or one that does not fit the tensors.
+    """
+    kind = spec.get("kind")
+    if kind == "none":
+        return NoCorrection()
+    if kind == "prox":
         return Prox(theta, float(spec["mu"]))
-    if spec["kind"] == "scaffold":
+    if kind == "scaffold":
         return Scaffold(broadcast["control"], site_state.get("control"))
-    return NoCorrection()
+    if kind == "freeze":
+        return Freeze(theta, list(spec["in_turn"]), round)
+    raise SiteError(
+        f"the strategy asks for a correction {kind!r}, which is not known here",
+        hint="known are none, prox, scaffold and freeze; install the version of commonweight that has it",
+    )

@@ -59,7 +59,7 @@ class LocalWork:
         steps: optimizer steps.
         seed: decides the order of examples and dropout.
         pack_seed: decides which examples share a packed sequence; the same in every round.
-        correction: what the strategy changes in the gradient.
+        correction: what the strategy changes in a step.
         optimizer: one to go on with, or None for a fresh one.
         checkpoint: keeps the work's state from time to time, so that a killed process goes on from there. Objectives
             that replace `work` do without.
@@ -82,12 +82,17 @@ class LocalWork:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What the work was: examples and label tokens trained on (repeats count), steps, mean nats a label token."""
+    """What the work was: examples and label tokens trained on (repeats count), steps, mean nats a label token.
+
+    Args:
+        first_loss: mean nats a label token in the first step, before anything changed; None if that is not known.
+    """
 
     num_examples: int
     num_label_tokens: int
     num_steps: int
     loss: float
+    first_loss: float | None = None
 
 
 class Objective(ABC):
@@ -141,7 +146,9 @@ class GradientObjective(Objective):
             self._add_step(sums, batch, *self._step(participant, optimizer, task, batch))
             if task.checkpoint is not None and sums.steps < task.steps and task.checkpoint.due():
                 task.checkpoint.save(state_of(sums, participant.trainables, optimizer))
-        return LocalResult(sums.examples, sums.labels, task.steps, sums.nats / max(1, sums.labels))
+        return LocalResult(
+            sums.examples, sums.labels, task.steps, sums.nats / max(1, sums.labels), first_loss=sums.first_loss
+        )
 
     def _add_step(self, sums: Sums, batch: batches.Rows, nats: float, labels: int) -> None:
         if not math.isfinite(nats):
@@ -149,6 +156,8 @@ class GradientObjective(Objective):
                 f"the training loss became {nats} at local step {sums.steps + 1}",
                 hint="lower training.lr, set training.clip_norm, or look for broken rows in the site's data",
             )
+        if sums.steps == 0:
+            sums.first_loss = nats / max(1, labels)
         sums.steps += 1
         sums.nats += nats
         sums.labels += labels
@@ -164,10 +173,12 @@ class GradientObjective(Objective):
         nats = 0.0
         for micro in batches.micro_batches(task.tokens, batch, size, model.device):
             nats += self.backward(model, micro, 1.0 / labels)
-        (task.correction or NoCorrection()).adjust(trainables.values, trainables.gradients)
+        change = task.correction or NoCorrection()
+        change.adjust(trainables.values, trainables.gradients)
         if task.spec.clip_norm is not None:
             clip(trainables, task.spec.clip_norm)
         optimizer.step()
+        change.settle(trainables.values)
         return nats, labels
 
 
