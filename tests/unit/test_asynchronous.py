@@ -434,8 +434,8 @@ FEDASYNC = {
 @pytest.mark.parametrize(
     ("federation", "words"),
     [
-        ({"strategy": {"name": "fedbuff", "buffer": 2}}, "does not go with no virtual clock"),
-        ({"strategy": "fedasync"}, "does not go with no virtual clock"),
+        ({"strategy": {"name": "fedbuff", "buffer": 2}}, "does not go with runs without a virtual clock"),
+        ({"strategy": "fedasync"}, "does not go with runs without a virtual clock"),
         ({"strategy": {"name": "fedbuff", "buffer": 4}, "clock": {"speeds": [1, 1, 1]}}, "only 3 of 3 work at once"),
         (
             {"strategy": {"name": "fedbuff", "buffer": 2}, "cohort": 1, "clock": {"speeds": [1, 1, 1]}},

@@ -15,9 +15,9 @@ from commonweight.recipe.methods import catalogue, methods_markdown
 
 #: a recipe for each column that asks for that feature and no other: (values, over a network)
 ASKED: dict[str, tuple[Callable[[dict[str, Any]], None], bool]] = {
-    "over a network": (lambda values: None, True),
+    "runs over a network": (lambda values: None, True),
     "adapters other than lora, rslora": (lambda values: values["model"]["adapter"].update(kind="ia3"), False),
-    "no virtual clock": (lambda values: values["federation"].pop("clock"), False),
+    "runs without a virtual clock": (lambda values: values["federation"].pop("clock"), False),
     "deadlines, over-selection": (lambda values: values["federation"].update(deadline_s=5.0), False),
 }
 

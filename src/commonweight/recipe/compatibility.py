@@ -45,7 +45,7 @@ def _is(strategy: type[Any], attribute: str) -> Any:
 
 FEATURES = (
     Feature(
-        "over a network",
+        "runs over a network",
         lambda recipe, network: network,
         lambda strategy: _is(strategy, "needs") == "sum" and not _is(strategy, "asynchronous"),
         "a coordinator combines piece by piece, in rounds, and this strategy needs every update at once or no rounds",
@@ -59,7 +59,7 @@ FEATURES = (
         "Use model.adapter.kind lora or rslora, or the strategy fedavg",
     ),
     Feature(
-        "no virtual clock",
+        "runs without a virtual clock",
         lambda recipe, network: not recipe.federation.clock.runs,
         lambda strategy: not _is(strategy, "asynchronous"),
         "it is asynchronous, and in a simulation only a clock says which site is faster",
