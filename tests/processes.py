@@ -177,6 +177,9 @@ def _fork(request: dict[str, Any]) -> int:
 
 def _live(request: dict[str, Any]) -> int:
     os.setsid()
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell starts what it puts into the background deaf to it
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(log, standard)
