@@ -337,7 +337,7 @@ def test_an_upload_outlives_the_process(tmp_path: Path) -> None:
     with Coordinator(tmp_path) as coordinator:
         lead = coordinator.hand("lena", "lead")
         site, other = coordinator.site("north", train=idle), coordinator.site("south", train=idle)
-        run = lead.submit(lead.job(sites=["north", "south"]))
+        run = lead.submit(lead.job(sites=["north", "south"], patience_s=60))
         task, whole = site.task(), messages()
         upload = site.open(site.manifest(task)).upload
         assert list(site.push(upload, [whole[k] for k in (0, 1, 3)]).missing) == [2, 4]

@@ -460,7 +460,7 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_is_trained
 def test_no_asynchronous_strategy_goes_over_a_network(make_recipe: MakeRecipe, strategy: Any) -> None:
     recipe = make_recipe(federation={"strategy": strategy, "clock": {"speeds": [1, 1, 1]}})
     check_pairings(recipe, network=False)
-    with pytest.raises(RecipeError, match=r"does not go with over a network: .* or no rounds"):
+    with pytest.raises(RecipeError, match=r"does not go with runs over a network: .* or no rounds"):
         check_pairings(recipe, network=True)
 
 
