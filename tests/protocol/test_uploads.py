@@ -108,6 +108,8 @@ REFUSALS: list[tuple[Refusal, str, dict[str, Any]]] = [
     (Refusal.NON_FINITE, "loss", {"metrics": {"loss": float("nan")}}),
     (Refusal.BAD_WEIGHT, "trained on 0", {"num_examples": 0}),
     (Refusal.BAD_WEIGHT, "trained on", {"num_examples": 2**63}),
+    (Refusal.BAD_WEIGHT, "took 2 local steps, the task asked for 1", {"num_steps": 2}),
+    (Refusal.BAD_WEIGHT, "took 0 local steps", {"num_steps": 0}),
 ]
 
 

@@ -469,7 +469,7 @@ CASES: list[tuple[type[RobustStrategy], dict[str, Any], NumpyRule]] = [
     (Krum, {"f": 1}, lambda x, w, v: x[numpy_krum_order(x, 1)[0]]),
     (MultiKrum, {"f": 2}, lambda x, w, v: x[numpy_krum_order(x, 2)[: len(x) - 4]].mean(0)),
     (MultiKrum, {"f": 2, "m": 3}, lambda x, w, v: x[numpy_krum_order(x, 2)[:3]].mean(0)),
-    (MultiKrum, {"f": 2, "m": 99}, lambda x, w, v: x[numpy_krum_order(x, 2)[: len(x) - 2]].mean(0)),
+    (MultiKrum, {"f": 2, "m": 6}, lambda x, w, v: x[numpy_krum_order(x, 2)[: len(x) - 2]].mean(0)),
     (CenteredClipping, {}, lambda x, w, v: numpy_centered_clipping(x, v, None, 3)),
     (CenteredClipping, {"tau": 1.5, "iterations": 2}, lambda x, w, v: numpy_centered_clipping(x, v, 1.5, 2)),
     (Bulyan, {"f": 1}, lambda x, w, v: numpy_bulyan(x, 1)),
@@ -613,6 +613,14 @@ def test_the_hint_names_the_largest_f_that_would_do() -> None:
     with pytest.raises(RecipeError) as caught:
         Krum(Krum.Options(f=0), num_sites=2)
     assert "another strategy" in caught.value.hint
+
+
+def test_multi_krum_refuses_more_updates_than_are_left_without_f() -> None:
+    assert MultiKrum(MultiKrum.Options(f=2, m=6), num_sites=8).num_sites == 8
+    with pytest.raises(RecipeError) as caught:
+        MultiKrum(MultiKrum.Options(f=2, m=7), num_sites=8)
+    assert "m = 7" in caught.value.message
+    assert "lower m to 6" in caught.value.hint
 
 
 @pytest.mark.parametrize("kind", ALL)

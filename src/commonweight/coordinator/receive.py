@@ -10,6 +10,7 @@ sealed file is verified anew); one that was accepted is accepted again, and noth
 
 from __future__ import annotations
 
+import json
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -169,6 +170,11 @@ class Receiver:
             raise Refused(
                 Refusal.WRONG_BASE,
                 f"the work started from global tensors {manifest.base[:16]}…, the task from {task.base[:16]}…",
+            )
+        asked = json.loads(task.body)["steps"]
+        if not 1 <= manifest.num_steps <= asked:  # a strategy may reckon with it, and one made up pulls at every site's
+            raise Refused(
+                Refusal.BAD_WEIGHT, f"the update took {manifest.num_steps} local steps, the task asked for {asked}"
             )
         self.check_size("the update", manifest.frame)
         chunk_bytes = plan.initial.plan.chunk_bytes

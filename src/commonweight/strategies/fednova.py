@@ -87,7 +87,9 @@ class FedNova(SumStrategy):
     length of Δᵢ still grows with them, by about the learning rate each, so the rule takes out most of what unequal
     steps do, but no theorem says that the mean then goes to the right minimum.
 
-    The steps are what a site says. One that claims more than it took shrinks its own part and lengthens everyone's.
+    The steps are what a site says. One that claims more than it took shrinks its own part and lengthens everyone's. A
+    coordinator takes no claim above the steps that the site's task asked for; but these are what the site, when it
+    joined, said that its rows make.
     """
 
     name = "fednova"

@@ -85,6 +85,7 @@ class LocalResult:
     """What the work was: examples and label tokens trained on (repeats count), steps, mean nats a label token.
 
     Args:
+        num_steps: at least 1 and no more than were asked for: a coordinator refuses any other count.
         first_loss: mean nats a label token in the first step, before anything changed; None if that is not known.
     """
 

@@ -48,7 +48,7 @@ MEANING: Mapping[Refusal, str] = MappingProxyType(
         Refusal.WRONG_SHAPE: "tensors, channels or chunk size are not the run's; the reason names what differs",
         Refusal.TOO_LARGE: "more bytes, tensors or values than are allowed",
         Refusal.NON_FINITE: "NaN or infinity in a tensor, which is named, or in a metric",
-        Refusal.BAD_WEIGHT: "trained on nothing, or on an impossible number of examples or tokens",
+        Refusal.BAD_WEIGHT: "trained on nothing, or on an impossible number of examples, tokens or steps",
         Refusal.CORRUPT_CHUNK: "the chunk is not what its digest says; it is asked for again",
         Refusal.FORBIDDEN: "the sender may not do this",
     }

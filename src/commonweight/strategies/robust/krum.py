@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ...errors import RecipeError
 from ..base import ServerState
 from ..update import Update
 from .rows import inner_products, mean_of, squared_distances
@@ -75,10 +76,22 @@ class MultiKrum(RobustStrategy):
         m: int | None = Field(
             None,
             ge=1,
-            description="How many updates are averaged; never more than n − f of n answers. null: n − f − 2.",
+            description="How many updates are averaged, n − f at most: of a round with fewer answers than m + f, all "
+            "but f. null: n − f − 2.",
         )
 
     options: Options
+
+    def check(self, num_sites: int) -> None:
+        """Raises RecipeError: as every robust strategy, or m sites are more than such a round has without its f."""
+        super().check(num_sites)
+        spared, m = num_sites - self.options.f, self.options.m
+        if m is not None and m > spared:
+            raise RecipeError(
+                f"federation.strategy {self.name!r} is to average m = {m} updates, but of {num_sites} sites no more "
+                f"than {spared} are left without f = {self.options.f}",
+                hint=f"lower m to {spared}, or leave it out",
+            )
 
     def aggregate(self, rows: Tensor, state: ServerState, updates: Sequence[Update]) -> Tensor:
         spared = len(rows) - self.options.f
