@@ -24,6 +24,7 @@ from .federation.folder import RunFolder, write_json, write_text
 from .federation.global_model import MemoryModel
 from .federation.journal import Journal
 from .federation.record import Record
+from .federation.relays import check_relays
 from .federation.run import FederatedRun
 from .federation.shelf import FolderShelf
 from .federation.tally import Sites
@@ -79,6 +80,7 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
         bench = build_bench(recipe)
         sites = bench.facts
         check_cohort(len(sites.names), recipe.federation)
+        check_relays(sites.names, recipe.federation)
         strategy = _strategy(recipe, len(sites.names))
         strategy.check(recipe.federation.cohort.size(len(sites.names)))
         check_asynchronous(recipe, strategy, len(sites.names))
@@ -124,7 +126,7 @@ def _train(
         evaluation = Evaluation(recipe, sites, engine, journal, events)
         engine.broadcast(bench.theta, {})
         evaluation.base()
-        model = MemoryModel(strategy, bench.theta.clone(), folder, bench.save)
+        model = MemoryModel(strategy, bench.theta.clone(), folder, bench.save, recipe.federation)
         shelf = FolderShelf(
             folder,
             journal,

@@ -126,6 +126,9 @@ class StoredModel:
         assert isinstance(update, StoredUpdate)
         self._updates.append(update)
 
+    def relay(self, update: Update) -> str:
+        return ""
+
     def close(self, round: int) -> dict[str, Any]:
         if not self._updates:
             raise ValueError("a round was closed with no update in it")

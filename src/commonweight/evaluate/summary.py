@@ -288,7 +288,9 @@ def _what_left(metrics: Metrics) -> str:
         return "No row of data left its site."
     answers = sum(len(one.get("answered") or []) for one in metrics.get("rounds") or [])
     each = f", {size(sent / answers)} for each site and round" if answers > 1 else ""
-    return f"No row of data left its site. What left: {size(sent)} of adapter updates{each}."
+    received = finite(dig(metrics, "bytes", "received"))
+    relayed = "" if received is None else f" Relays added updates up: {size(received)} reached the coordinator."
+    return f"No row of data left its site. What left: {size(sent)} of adapter updates{each}.{relayed}"
 
 
 def _privacy(metrics: Metrics) -> str:

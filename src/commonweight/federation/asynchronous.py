@@ -89,7 +89,7 @@ class Arrivals:
             "late": [site for site in dict.fromkeys(self.stale) if site not in self.answered],
             "updates": self.updates,
             **self.tally.record(num_tasks, strategy),
-            "bytes_up": sent * self.tally.bytes_a_copy,
+            "bytes_up": sent * self.tally.layout.num_bytes,
         }
 
 
@@ -146,7 +146,7 @@ class AsynchronousRun:
         self.events.emit("round_opened", round=number, cohort=self.strategy.buffer, lr=lr)
         self.model.announce(self.engine)
         self.model.open()
-        arrivals = Arrivals(Tally(lr=lr, bytes_a_copy=self.model.layout.num_bytes))
+        arrivals = Arrivals(Tally(lr=lr, layout=self.model.layout))
         while len(arrivals.answered) < self.strategy.buffer:
             self._give_work(number, arrivals)
             if not self.under_way:

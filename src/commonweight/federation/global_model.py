@@ -12,10 +12,12 @@ from typing import Any, Protocol
 
 from ..errors import RoundError
 from ..model.tensors import Layout, NamedTensors, first_non_finite
+from ..recipe.schema import FederationSpec
 from ..strategies.base import Fold, ServerState, Strategy
 from ..strategies.update import Update, check
 from .folder import RunFolder, read_tensors, write_tensors
 from .messages import Engine
+from .relays import merge_partials
 
 
 class GlobalModel(Protocol):
@@ -43,6 +45,9 @@ class GlobalModel(Protocol):
     def fold(self, update: Update) -> None:
         """Take in one checked update."""
 
+    def relay(self, update: Update) -> str:
+        """The relay by whose sum an update comes in; "": it comes by itself."""
+
     def close(self, round: int) -> dict[str, Any]:
         """End a round with what was folded; what the journal keeps of the new state, which is on disk.
 
@@ -57,6 +62,7 @@ class MemoryModel:
     Args:
         theta: the initial global tensors, owned from now on; a resumed run takes their layout only.
         save_adapter: writes global tensors into a folder as an adapter that others can open.
+        spec: names the relays, if there are any.
     """
 
     def __init__(
@@ -65,10 +71,13 @@ class MemoryModel:
         theta: NamedTensors,
         folder: RunFolder,
         save_adapter: Callable[[NamedTensors, Path], None],
+        spec: FederationSpec | None = None,
     ) -> None:
         self.strategy, self.folder, self._theta, self._save_adapter = strategy, folder, theta, save_adapter
         self.state: ServerState
-        self._fold: Fold
+        self._relays = () if spec is None else tuple(spec.relays)
+        self._relay_of = {} if spec is None else spec.relay_of
+        self._folds: dict[str, Fold] = {}
         self._round = 0
 
     @property
@@ -89,16 +98,24 @@ class MemoryModel:
         engine.broadcast(self.state.theta, {name: slots[name] for name in self.strategy.broadcast_channels})
 
     def open(self) -> None:
-        self._fold = self.strategy.open(self.state)
+        self._folds = {"": self.strategy.open(self.state)}
 
     def check(self, update: Update) -> None:
         check(update, round=self._round + 1, layout=self.layout, channels=self.strategy.update_channels)
 
     def fold(self, update: Update) -> None:
-        self._fold.add(update)
+        relay = self.relay(update)
+        if relay not in self._folds:
+            self._folds[relay] = self.strategy.open(self.state)
+        self._folds[relay].add(update)
+
+    def relay(self, update: Update) -> str:
+        return self._relay_of.get(update.site, "")
 
     def close(self, round: int) -> dict[str, Any]:
-        self.state = self.strategy.close(self.state, self._fold)
+        whole = self._folds.pop("")
+        merge_partials(whole, [self._folds.pop(relay) for relay in self._relays if relay in self._folds])
+        self.state = self.strategy.close(self.state, whole)
         bad = first_non_finite(self.state.theta)
         if bad is not None:
             raise RoundError(

@@ -5,7 +5,7 @@ Losses are nats a held-out label token; a macro figure is the mean over sites.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluate.metrics import Scores, compare, macro, macro_interval, spread, summarise
@@ -69,6 +69,7 @@ class Record:
                 "up": sum(r["bytes_up"] for r in rounds),
                 "down": sum(r["bytes_down"] for r in rounds),
                 "adapter": facts["model"]["adapter_bytes"],
+                **_received(rounds),
             },
             "privacy": {"dp": "none", "epsilon": None},
             "samples": self._samples(),
@@ -199,6 +200,12 @@ class Record:
 
 def _round(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != "state"}
+
+
+def _received(rounds: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """What reached the coordinator, where relays make that less than what the sites sent."""
+    received = [r["bytes_received"] for r in rounds if "bytes_received" in r]
+    return {"received": sum(received)} if received else {}
 
 
 def _mean(values: Any) -> float:

@@ -94,7 +94,7 @@ class FederatedRun:
         self.model.announce(self.engine)
 
         self.model.open()
-        tally = Tally(lr=lr, bytes_a_copy=self.model.layout.num_bytes)
+        tally = Tally(lr=lr, layout=self.model.layout)
         for outcome in self._outcomes(number, cohort, lr):
             round = self._hear(round, outcome, tally, timing)
         if tally.late:
@@ -162,7 +162,7 @@ class FederatedRun:
             return round
         self.shelf.keep(update)
         self.model.fold(update)
-        tally.add(update)
+        tally.add(update, relay=self.model.relay(update))
         figures = {name: value for name, value in update.metrics.items() if name not in _EVENT_FIELDS}
         self.events.emit(
             "update_accepted", round=round.number, site=update.site, examples=update.num_examples, **figures
@@ -196,7 +196,7 @@ class FederatedRun:
             "answered": list(round.answered),
             "failed": dict(round.failed),
             "late": list(round.late),
-            **tally.record(len(round.cohort), self.strategy),
+            **tally.record(len(round.cohort), self.strategy, relays=bool(self.recipe.federation.relays)),
             "seconds": timing.seconds(evaluated_at, time.perf_counter()),
         }
         self.journal.commit(number, record)

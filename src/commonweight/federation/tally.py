@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ..model.tensors import Layout
 from ..strategies.base import Strategy
 from ..strategies.update import Update
 
@@ -57,28 +58,37 @@ class Tally:
     """A round's figures for people, added up as updates are folded."""
 
     lr: float
-    bytes_a_copy: int
+    layout: Layout
     updates: int = 0
     steps: int = 0
     examples: int = 0
     label_tokens: int = 0
     nats: float = 0.0
     late: list[str] = field(default_factory=list)
+    relays: dict[str, int] = field(default_factory=dict)
 
-    def add(self, update: Update) -> None:
+    def add(self, update: Update, *, relay: str = "") -> None:
+        """Count an update; `relay`: by whose sum it came in."""
         self.updates += 1
+        if relay:
+            self.relays[relay] = self.relays.get(relay, 0) + 1
         self.steps += update.num_steps
         self.examples += update.num_examples
         self.label_tokens += update.num_label_tokens
         self.nats += update.metrics.get("loss", 0.0) * update.num_label_tokens
 
-    def record(self, cohort_size: int, strategy: Strategy) -> dict[str, Any]:
+    def record(self, cohort_size: int, strategy: Strategy, *, relays: bool = False) -> dict[str, Any]:
+        """`bytes_up`: what sites send, `bytes_down`: what they fetch. With relays, `bytes_received`: what reaches the
+        coordinator, which is one sum a region, in float32 at least, and the updates that came by themselves."""
+        copy, channels = self.layout.num_bytes, len(strategy.update_channels)
+        received = (self.updates - sum(self.relays.values())) * copy + len(self.relays) * self.layout.num_wide_bytes
         return {
             "lr": self.lr,
             "train_loss": self.nats / max(1, self.label_tokens),
             "steps": self.steps,
             "examples": self.examples,
             "label_tokens": self.label_tokens,
-            "bytes_up": self.updates * self.bytes_a_copy * len(strategy.update_channels),
-            "bytes_down": cohort_size * self.bytes_a_copy * (1 + len(strategy.broadcast_channels)),
+            "bytes_up": self.updates * copy * channels,
+            "bytes_down": cohort_size * copy * (1 + len(strategy.broadcast_channels)),
+            **({"bytes_received": received * channels} if relays else {}),
         }

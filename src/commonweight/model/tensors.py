@@ -70,6 +70,11 @@ class Layout:
         return sum(numel * dtype.itemsize for dtype, numel in self.numels.items())
 
     @cached_property
+    def num_wide_bytes(self) -> int:
+        """Bytes of the tensors, the narrow floating ones in float32."""
+        return sum(numel * accumulator_dtype(dtype).itemsize for dtype, numel in self.numels.items())
+
+    @cached_property
     def arena_bytes(self) -> int:
         """Bytes of one contiguous buffer that holds every flat, each aligned to 64 bytes."""
         return sum(_aligned(numel * dtype.itemsize) for dtype, numel in self.numels.items())

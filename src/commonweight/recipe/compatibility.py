@@ -72,6 +72,13 @@ FEATURES = (
         "an asynchronous strategy has no rounds that wait for their slowest site",
         "Leave federation.deadline_s and federation.over_selection out, or use the strategy fedavg",
     ),
+    Feature(
+        "relays",
+        lambda recipe, network: bool(recipe.federation.relays),
+        lambda strategy: _is(strategy, "needs") == "sum" and not _is(strategy, "asynchronous"),
+        "a relay passes on the sum of its sites' updates in a round, and this strategy needs each of them or no rounds",
+        "Leave federation.relays out, or use a strategy with needs = sum, such as fedavg",
+    ),
 )
 
 
@@ -89,6 +96,11 @@ def check_pairings(recipe: Recipe, *, network: bool) -> None:
     Raises:
         RecipeError: a cell of the table says no; the sentence says why, and what would work.
     """
+    if network and recipe.federation.relays:
+        raise RecipeError(
+            "federation.relays is for simulations: over a network every site sends to the coordinator itself",
+            hint="leave federation.relays out, or carry the recipe out by `commonweight run`",
+        )
     name = recipe.federation.strategy.name
     strategy = resolve("strategy", name)
     for feature in FEATURES:

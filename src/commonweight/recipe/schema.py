@@ -398,10 +398,36 @@ class FederationSpec(Section):
         default_factory=lambda: Method(name="fedavg"),
         description="How updates combine; `commonweight methods` lists them.",
     )
+    relays: dict[str, list[str]] = Field(
+        {},
+        description="Regions: a relay's name, and the sites whose updates it adds up before the coordinator gets their "
+        "sum alone. `{north: [clinic, hospital]}`. A site that is in none sends to the coordinator.",
+    )
     clock: ClockSpec = Field(default_factory=ClockSpec, description="Simulation: the sites' speeds.")
     weighting: Literal["examples", "tokens", "uniform"] = Field(
         "examples", description="A site's weight in the mean: examples or label tokens it trained on, or all alike."
     )
+
+    @model_validator(mode="after")
+    def _one_relay_a_site(self) -> Self:
+        listed = [site for sites in self.relays.values() for site in sites]
+        twice = next((site for place, site in enumerate(listed) if site in listed[:place]), None)
+        if twice is not None:
+            raise ValueError(f"relays name the site {twice!r} twice; a site has one relay, or none")
+        empty = next((relay for relay, sites in self.relays.items() if not (relay and sites)), None)
+        if empty is not None:
+            raise ValueError(f"the relay {empty!r} has no site, or no name")
+        if self.relays and self.over_selection > 1:
+            raise ValueError(
+                "`relays` and `over_selection` do not go together: a region's sum cannot be taken in part when enough "
+                "have answered"
+            )
+        return self
+
+    @property
+    def relay_of(self) -> dict[str, str]:
+        """The relay of each site that has one."""
+        return {site: relay for relay, sites in self.relays.items() for site in sites}
 
 
 class EvaluationSpec(Section):

@@ -125,12 +125,27 @@ class WeightedSum(Fold):
         self.sums = {channel: NamedTensors.zeros(layout, wide=True) for channel in channels}
 
     def add(self, update: Update) -> None:
+        self.count(update)
         for channel, sums in self.sums.items():
             weight = self.weight(update, channel)
             for dtype, flat in update.channels[channel].floating():
                 _add(sums.flats[dtype], flat, weight)
+
+    def count(self, update: Update) -> None:
+        """What `add` does but for the tensors, which are not looked at."""
         self.total_weight += update.weight
         self.num_updates += 1
+
+    def merge(self, other: WeightedSum) -> None:
+        """Take in what was summed elsewhere, as if after the updates folded here; `other` is used up."""
+        self._add_sums(other, 1.0)
+
+    def _add_sums(self, other: WeightedSum, scale: float) -> None:
+        for channel, sums in self.sums.items():
+            for dtype, flat in other.sums[channel].floating():
+                sums.flats[dtype].add_(flat, alpha=scale)
+        self.total_weight += other.total_weight
+        self.num_updates += other.num_updates
 
     def weight(self, update: Update, channel: str) -> float:
         """The weight of one update in one channel's sum."""

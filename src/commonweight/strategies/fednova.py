@@ -42,8 +42,8 @@ class PerStepSum(WeightedSum):
         self._unit = 0.0
         self._total_length = 0.0  # Σ wᵢρᵢ
 
-    def add(self, update: Update) -> None:
-        """Take in one update.
+    def count(self, update: Update) -> None:
+        """See `WeightedSum`.
 
         Raises:
             RoundError: it says that it took no step.
@@ -55,8 +55,18 @@ class PerStepSum(WeightedSum):
                 hint="an objective of one's own must report its steps in LocalResult.num_steps; or use fedavg",
             )
         self._unit = self._unit or self._length(update.num_steps)
-        super().add(update)
+        super().count(update)
         self._total_length += update.weight * self._relative(update)
+
+    def merge(self, other: WeightedSum) -> None:
+        """See `WeightedSum`. The other sum has a unit of its own: 1/ρᵢ there is (its unit)/(this one) of 1/ρᵢ here."""
+        assert isinstance(other, PerStepSum)
+        if other.num_updates == 0:
+            return
+        self._unit = self._unit or other._unit
+        ratio = other._unit / self._unit
+        self._add_sums(other, 1 / ratio)
+        self._total_length += other._total_length * ratio
 
     def _relative(self, update: Update) -> float:
         return self._length(update.num_steps) / self._unit
