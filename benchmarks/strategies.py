@@ -2,6 +2,7 @@
 
     python benchmarks/strategies.py --recipe recipes/medquad.yaml --set data.path=… --set model.name=… \\
         [--strategies fedavg,fedadam,…] [--seeds 0,1,2] [--options FILE] [--json]
+    python benchmarks/strategies.py --from seed0.json seed1.json … [--json]      # what runs apart have measured, as one
 
 All strategies run the federated arm of the recipe: the same sites, rows, local steps and rounds, so equal budgets. A
 strategy is given the options of `OPTIONS` below, or those of a JSON file {name: {option: value}}; others keep their
@@ -11,6 +12,9 @@ defaults. One that does not go with the recipe (`commonweight methods`) is liste
     worst           the worst site's loss
     up, down        MB that left the sites and that reached them, in all rounds
     server          seconds of folding and committing a round
+    all             seconds of the whole arm
+
+With `--json` each strategy's row is a list a figure, with an entry for each seed; `--from` joins such files of one job.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +65,7 @@ def measured(recipe: str, overrides: list[str], strategy: str, options: dict[str
 def compare(
     recipe: str, overrides: list[str], strategies: list[str], seeds: list[int], options: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """A row a strategy; those that could not run have `refused`."""
+    """A row a strategy, of figures as lists with an entry a seed; those that could not run have `refused`."""
     table: dict[str, Any] = {}
     for strategy in strategies:
         try:
@@ -68,20 +73,52 @@ def compare(
         except CommonweightError as error:
             table[strategy] = {"refused": error.message}
         else:
-            table[strategy] = {key: [one[key] for one in runs] for key in runs[0]}
+            table[strategy] = {"seed": seeds, **{key: [one[key] for one in runs] for key in runs[0]}}
         print(f"{strategy}: {table[strategy]}", file=sys.stderr)
     return table
 
 
+def joined(tables: list[dict[str, Any]]) -> dict[str, Any]:
+    """One table of several, each of other seeds or strategies: of a strategy the figures that all its rows have. It
+    counts as refused if no table has any.
+
+    Raises:
+        ValueError: a strategy has the same seed in two tables.
+    """
+    found: dict[str, Any] = {}
+    for table in tables:
+        for name, row in table.items():
+            known = found.get(name)
+            if known is None or "refused" in known:
+                found[name] = row
+            elif "refused" not in row:
+                twice = set(known.get("seed", ())) & set(row.get("seed", ()))
+                if twice:
+                    raise ValueError(f"{name}: seed {min(twice)} is in two of the files")
+                found[name] = {key: [*known[key], *row[key]] for key in known if key in row}
+    return found
+
+
+#: heading, width and decimals of each figure of which the table shows the mean alone
+MEANS = {
+    "up_mb": ("up MB", 8, 1),
+    "down_mb": ("down MB", 8, 1),
+    "server_s": ("server s", 9, 4),
+    "seconds": ("all s", 7, 1),
+}
+
+
 def show(table: dict[str, Any]) -> None:
-    print(f"{'strategy':18} {'loss':>15} {'worst':>15} {'up MB':>8} {'down MB':>8} {'server s':>9} {'all s':>7}")
+    heads = " ".join(f"{head:>{width}}" for head, width, _ in MEANS.values())
+    print(f"{'strategy':18} {'seeds':>5} {'loss':>15} {'worst':>15} {heads}")
     for name, row in sorted(table.items(), key=lambda item: statistics.mean(item[1].get("loss", [float("inf")]))):
         if "refused" in row:
             print(f"{name:18} refused: {row['refused']}")
             continue
-        cells = " ".join(f"{_spread(row[key]):>15}" for key in ("loss", "worst"))
-        up, down, server, seconds = (statistics.mean(row[key]) for key in ("up_mb", "down_mb", "server_s", "seconds"))
-        print(f"{name:18} {cells} {up:8.1f} {down:8.1f} {server:9.4f} {seconds:7.1f}")
+        cells = [f"{_spread(row[key]):>15}" for key in ("loss", "worst")]
+        for key, (_, width, decimals) in MEANS.items():
+            cells.append(f"{statistics.mean(row[key]):{width}.{decimals}f}" if key in row else f"{'–':>{width}}")
+        print(f"{name:18} {len(row['loss']):5} {' '.join(cells)}")
 
 
 def _spread(values: list[float]) -> str:
@@ -89,22 +126,27 @@ def _spread(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--strategies", default=",".join(registry.names("strategy")))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--options", type=Path, help="A JSON file with strategies' options.")
+    parser.add_argument("--from", type=Path, nargs="+", dest="files", metavar="FILE", help="Join these; run nothing.")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     strategies = given.strategies.split(",")
     unknown = [name for name in strategies if name not in registry.names("strategy")]
     if unknown:
         parser.error(f"no strategy is called {unknown[0]!r}; there are: {', '.join(registry.names('strategy'))}")
     try:
-        options = {**OPTIONS, **(json.loads(given.options.read_text()) if given.options else {})}
-        table = compare(given.recipe, given.overrides, strategies, [int(s) for s in given.seeds.split(",")], options)
+        if given.files:
+            table = joined([json.loads(file.read_text()) for file in given.files])
+        else:
+            options = {**OPTIONS, **(json.loads(given.options.read_text()) if given.options else {})}
+            seeds = [int(seed) for seed in given.seeds.split(",")]
+            table = compare(given.recipe, given.overrides, strategies, seeds, options)
     except (RecipeError, OSError, ValueError) as error:
         parser.error(str(error))
     print(json.dumps(table)) if given.json else show(table)
