@@ -126,7 +126,16 @@ MOMENTS = Story(
     keep_updates_over_s=0.0,
     kept=True,
 )
-STORIES = {"every arm": EVERY_ARM, "site state": SITE_STATE, "moments": MOMENTS}
+NUMBERS = Story(
+    {"federation": {"rounds": 3, "strategy": {"name": "afl", "gamma": 0.5}, "cohort": 2}, "training": {"steps": 1}},
+    deaths(
+        ("journal.commit", "before", 2),  # the tensors of round 1 are written, its sites' weights are not
+        ("journal.commit", "after"),
+        ("write_state", "after"),
+        ("journal.commit", "after"),
+    ),
+)
+STORIES = {"every arm": EVERY_ARM, "site state": SITE_STATE, "moments": MOMENTS, "numbers": NUMBERS}
 
 
 # --- what must be the same ----------------------------------------------------------------------------------------

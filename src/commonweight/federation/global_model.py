@@ -91,7 +91,7 @@ class MemoryModel:
     def restore(self, round: int, record: Mapping[str, Any]) -> None:
         groups = read_tensors(self.folder.state_file(round), self.layout, sha256=record["sha256"])
         slots = {name.removeprefix("slot/"): t for name, t in groups.items() if name != "theta"}
-        self.state, self._round = ServerState(groups["theta"], slots), round
+        self.state, self._round = ServerState(groups["theta"], slots, dict(record.get("numbers", {}))), round
 
     def announce(self, engine: Engine) -> None:
         slots = self.state.slots
@@ -130,4 +130,5 @@ class MemoryModel:
         state = self.state
         groups = {"theta": state.theta, **{f"slot/{name}": slot for name, slot in state.slots.items()}}
         file = self.folder.state_file(round)
-        return {"file": file.name, "sha256": write_tensors(file, groups)}
+        record = {"file": file.name, "sha256": write_tensors(file, groups)}
+        return {**record, "numbers": dict(state.numbers)} if state.numbers else record

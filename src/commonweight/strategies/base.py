@@ -41,10 +41,12 @@ class ServerState:
     Args:
         theta: the global trainable tensors, in the model's own dtypes.
         slots: further tensors by name (`m`, `v`, `control` …), of theta's layout, wide (`NamedTensors.zeros`).
+        numbers: plain numbers by name, a site's weight say; the journal keeps them. Not over a network.
     """
 
     theta: NamedTensors
     slots: dict[str, NamedTensors] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
 class Fold(ABC):

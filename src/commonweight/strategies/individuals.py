@@ -70,6 +70,25 @@ def weights_of(updates: Sequence[Update]) -> list[float]:
     return [update.weight / total for update in updates]
 
 
+def first_loss(update: Update, strategy: str) -> float:
+    """The loss that a site started its local work from, in nats a label token: the metric `first_loss`.
+
+    Args:
+        strategy: the name of the one that asks.
+
+    Raises:
+        RoundError: the update has none, or one that is no loss.
+    """
+    loss = update.metrics.get("first_loss")
+    if loss is None or not 0 <= loss < float("inf"):
+        raise RoundError(
+            f"the update of site {update.site!r} for round {update.round} has first_loss {loss}; {strategy} weighs "
+            "sites by the loss that they start from",
+            hint="an objective of one's own must report LocalResult.first_loss, not below 0; or use fedavg",
+        )
+    return loss
+
+
 def rows_of(updates: Sequence[Update], channel: str = "delta") -> Tensor:
     """All floating values of each update as one row: n × d, float32, or float64 if any of the tensors are."""
     return torch.stack([vector_of(update.channels[channel]) for update in updates])

@@ -14,9 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..errors import RoundError
 from .base import ServerState
-from .individuals import IndividualsStrategy, add_vector, vector_of
+from .individuals import IndividualsStrategy, add_vector, first_loss, vector_of
 from .update import Update
 
 # Fᵢ^(q−1) has no value at a loss of exactly 0, which float32 reaches for text learned by heart
@@ -73,7 +72,7 @@ class QFedAvg(IndividualsStrategy):
             RoundError: an update has no usable `first_loss`.
         """
         q, lr = self.options.q, self.options.lr
-        losses = [_first_loss(update) for update in updates]
+        losses = [max(first_loss(update, self.name), _SMALLEST_LOSS) for update in updates]
         largest = max(losses)
         total, below = torch.zeros(0), 0.0
         for loss, update in zip(losses, updates, strict=True):
@@ -84,17 +83,6 @@ class QFedAvg(IndividualsStrategy):
             total = total.add_(delta, alpha=weight) if len(total) else delta.mul_(weight)
         add_vector(state.theta, total.div_(below))
         return state
-
-
-def _first_loss(update: Update) -> float:
-    loss = update.metrics.get("first_loss")
-    if loss is None or not 0 <= loss < float("inf"):
-        raise RoundError(
-            f"the update of site {update.site!r} for round {update.round} has first_loss {loss}; q-fedavg weighs sites "
-            "by the loss that they start from",
-            hint="an objective of one's own must report LocalResult.first_loss, not below 0; or use fedavg",
-        )
-    return max(loss, _SMALLEST_LOSS)
 
 
 def _squared_length(vector: Tensor) -> float:
