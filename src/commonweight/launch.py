@@ -29,6 +29,7 @@ from .federation.run import FederatedRun
 from .federation.shelf import FolderShelf
 from .federation.tally import Sites
 from .model.base import tokenizer_digest
+from .model.shapes import matrices
 from .recipe.load import check_methods, load_recipe
 from .recipe.resolved import recipe_differences, recipe_digest, recipe_text
 from .recipe.schema import Recipe
@@ -89,7 +90,10 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
         journal.bind(digests)
         seconds = time.perf_counter() - began
         layout = bench.partition["layout"]
+        parts = {site: _part(bench, site) for site in bench.shapes}
         events.emit("loaded", sites=list(sites.names)[:100], num_sites=len(sites.names), layout=layout, seconds=seconds)
+        if parts:
+            events.emit("parts", sites=parts)
         trained = _train(bench, sites, clock, folder, journal, events)
         events.emit("run_finished", seconds=time.perf_counter() - began)
         events.flush()
@@ -98,6 +102,7 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": phase_seconds(folder.path / "events.jsonl"),
             **_facts(bench, digests, trained),
+            **({"parts": parts} if parts else {}),
             **({"clock": clock.facts(journal.commits())} if clock else {}),
         }
         metrics = Record(recipe, sites, journal).metrics(facts)
@@ -115,6 +120,7 @@ def _train(
     """Every arm, on the engine's workers: their number, and the digest of the resulting adapter."""
     recipe = bench.recipe
     strategy = _strategy(recipe, len(sites.names))
+    strategy.shapes = bench.shapes
     with InProcessEngine(bench, strategy, folder.path, events) as engine:
         events.emit(
             "engine_started",
@@ -193,6 +199,19 @@ def _facts(bench: Bench, digests: Mapping[str, str], trained: Mapping[str, Any])
         },
         "machine": {**_machine(), "device": str(bench.base.device), "workers": trained["workers"]},
         "adapter": {"digest": trained["adapter_digest"]},
+    }
+
+
+def _part(bench: Bench, site: str) -> dict[str, Any]:
+    """What a site holds of the adapter, where that may be less than all."""
+    shape = bench.shapes[site]
+    return {
+        "r": shape.rank,
+        "scale": shape.scale,
+        "modules": len(shape.modules),
+        "of_modules": len(matrices(bench.theta.layout)),
+        "parameters": shape.num_parameters,
+        "bytes": shape.layout.num_bytes,
     }
 
 

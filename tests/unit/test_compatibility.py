@@ -13,13 +13,42 @@ from commonweight.recipe import Recipe
 from commonweight.recipe.compatibility import FEATURES, check_pairings, pairings
 from commonweight.recipe.methods import catalogue, methods_markdown
 
-#: a recipe for each column that asks for that feature and no other: (values, over a network)
-ASKED: dict[str, tuple[Callable[[dict[str, Any]], None], bool]] = {
-    "runs over a network": (lambda values: None, True),
-    "adapters other than lora, rslora": (lambda values: values["model"]["adapter"].update(kind="ia3"), False),
-    "runs without a virtual clock": (lambda values: values["federation"].pop("clock"), False),
-    "deadlines, over-selection": (lambda values: values["federation"].update(deadline_s=5.0), False),
-    "relays": (lambda values: values["federation"].update(relays={"r": ["s"]}), False),
+Change = Callable[[dict[str, Any]], None]
+
+
+def with_shapes(values: dict[str, Any]) -> None:
+    values["model"]["adapter"].update(budget={"x": 0.5})
+
+
+def use(strategy: str) -> Change:
+    return lambda values: values["federation"].update(strategy=strategy)
+
+
+def without_shapes(values: dict[str, Any]) -> None:
+    values["model"]["adapter"].pop("budget")
+    use("fedavg")(values)
+
+
+#: a recipe for each column that asks for that feature and for nothing that its name does not say: (values, over a
+#: network); then what the refusal names instead, and how a recipe does that
+ASKED: dict[str, tuple[Change, bool, str, Change]] = {
+    "sites of different shapes, over a network": (with_shapes, True, "model.adapter.budget", without_shapes),
+    "runs over a network": (lambda values: None, True, "fedavg", use("fedavg")),
+    "adapters other than lora, rslora": (
+        lambda values: values["model"]["adapter"].update(kind="ia3"),
+        False,
+        "fedavg",
+        use("fedavg"),
+    ),
+    "sites of different shapes": (with_shapes, False, "flexlora", use("flexlora")),
+    "runs without a virtual clock": (lambda values: values["federation"].pop("clock"), False, "fedavg", use("fedavg")),
+    "deadlines, over-selection": (
+        lambda values: values["federation"].update(deadline_s=5.0),
+        False,
+        "fedavg",
+        use("fedavg"),
+    ),
+    "relays": (lambda values: values["federation"].update(relays={"r": ["s"]}), False, "fedavg", use("fedavg")),
 }
 
 CLOCK = {"slowest": 1.0, "fastest": 2.0}
@@ -31,17 +60,21 @@ def plain(strategy: str) -> dict[str, Any]:
 
 def test_every_column_has_a_recipe_that_asks_for_it_alone() -> None:
     assert set(ASKED) == {feature.name for feature in FEATURES}
-    for name, (change, network) in ASKED.items():
+    for name, (change, network, _, _) in ASKED.items():
         values = plain("fedavg")
         change(values)
         recipe = Recipe.model_validate(values)
-        assert [feature.name for feature in FEATURES if feature.asked(recipe, network)] == [name]
+        asked = [feature.name for feature in FEATURES if feature.asked(recipe, network)]
+        assert asked == [
+            name,
+            *(["runs over a network", "sites of different shapes"] if name.endswith(", over a network") else []),
+        ]
 
 
 @pytest.mark.parametrize("strategy", registry.names("strategy"))
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)
 def test_a_cell_says_what_a_recipe_meets(strategy: str, feature: Any) -> None:
-    change, network = ASKED[feature.name]
+    change, network, word, mend = ASKED[feature.name]
     values = plain(strategy)
     change(values)
     recipe = Recipe.model_validate(values)
@@ -54,10 +87,9 @@ def test_a_cell_says_what_a_recipe_meets(strategy: str, feature: Any) -> None:
         f"federation.strategy {strategy!r} does not go with {feature.name}: {feature.because}"
     )
     assert refused.value.hint == feature.instead
-    assert "fedavg" in feature.instead
-    check_pairings(
-        Recipe.model_validate({**values, "federation": {**values["federation"], "strategy": "fedavg"}}), network=network
-    )
+    assert word in feature.instead
+    mend(values)
+    check_pairings(Recipe.model_validate(values), network=network)
 
 
 @pytest.mark.parametrize("strategy", registry.names("strategy"))
@@ -67,9 +99,10 @@ def test_by_itself_every_strategy_is_let_through(strategy: str) -> None:
 
 def test_methods_and_their_page_show_the_table() -> None:
     rows = {m["name"]: m["goes_with"] for m in catalogue() if m["kind"] == "strategy"}
-    assert rows["fedavg"] == dict.fromkeys((feature.name for feature in FEATURES), True)
+    assert rows["fedavg"] == {feature.name: "shapes" not in feature.name for feature in FEATURES}
     page = methods_markdown()
-    assert f"| `fedavg` |{' yes |' * len(FEATURES)}" in page
+    answers = ("no" if "shapes" in feature.name else "yes" for feature in FEATURES)
+    assert f"| `fedavg` | {' | '.join(answers)} |" in page
     for feature in FEATURES:
         assert f"- *{feature.name}*, where it says no: {feature.because}. {feature.instead}." in page
     for name, row in rows.items():

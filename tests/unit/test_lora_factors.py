@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from commonweight.model.shapes import matrices
 from commonweight.model.tensors import Layout
-from commonweight.strategies.individuals import matrices
 from commonweight.strategies.lora.factors import (
     Factors,
     frobenius_of_product,

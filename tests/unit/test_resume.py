@@ -135,7 +135,27 @@ NUMBERS = Story(
         ("journal.commit", "after"),
     ),
 )
-STORIES = {"every arm": EVERY_ARM, "site state": SITE_STATE, "moments": MOMENTS, "numbers": NUMBERS}
+PARTS = Story(
+    {
+        "model": {
+            "adapter": {"r": 4, "dropout": 0.1, "sites": {"south": {"r": 2, "alpha": 6}}, "budget": {"west": 0.2}}
+        },
+        "federation": {"rounds": 2, "strategy": "flexlora"},
+        "training": {"steps": 2},
+        "evaluation": {"controls": ["local"]},
+    },
+    deaths(
+        ("journal.keep_update", "after", 2),
+        ("journal.keep_update", "after"),  # the third: all are kept
+        ("journal.commit", "before"),
+        ("round", "after"),
+        ("journal.commit", "after"),
+        ("chain.save", "after", 3),
+    ),
+    keep_updates_over_s=0.0,
+    kept=True,
+)
+STORIES = {"every arm": EVERY_ARM, "site state": SITE_STATE, "moments": MOMENTS, "numbers": NUMBERS, "parts": PARTS}
 
 
 # --- what must be the same ----------------------------------------------------------------------------------------

@@ -77,6 +77,10 @@ class Progress:
                 return f"run {fields['name']}" + (f", resumed after round {after}" if after else "")
             case "loaded":
                 return f"{fields['num_sites']} sites, data and model loaded in {fields['seconds']:.1f} s"
+            case "parts":
+                from ..evaluate.text import parts_in_words
+
+                return "\n".join(parts_in_words(fields["sites"]))
             case "engine_started":
                 state |= {"rounds": fields["rounds"], "phase": "base model"}
                 return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from ..federation.folder import storage_errors
 from ..federation.tally import Sites
 from ..model.adapters import attach_adapter, freeze, save_adapter
 from ..model.base import Base, choose_device, load_base, weights_digest
+from ..model.shapes import Shape, shapes_of
 from ..model.tensors import NamedTensors
 from ..model.trainables import Trainables
 from ..recipe.problems import validate
@@ -34,6 +36,7 @@ class Bench:
         partition: the partition report.
         base_digest: `weights_digest` of the base as it was loaded.
         frozen: adapter tensors that the strategy keeps out of training, and so out of `theta`; a copy.
+        shapes: of the sites that hold less than the whole adapter.
     """
 
     recipe: Recipe
@@ -46,6 +49,7 @@ class Bench:
     partition: dict[str, Any]
     base_digest: str
     frozen: NamedTensors = field(default_factory=lambda: NamedTensors.of({}))
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
     def must_match_too(self) -> dict[str, str]:
@@ -58,7 +62,8 @@ class Bench:
         spec, names = self.recipe.training, tuple(self.sites)
         rows = {n: len(batches.sequences(s.train, spec, self.pack_seed(n))) for n, s in self.sites.items()}
         steps = {name: spec.steps_within_budget(name, batches.num_steps(spec, rows[name])) for name in names}
-        return Sites(names, steps, {name: site.groups for name, site in self.sites.items()})
+        groups = {name: site.groups for name, site in self.sites.items()}
+        return Sites(names, steps, groups, {name: shape.layout.num_bytes for name, shape in self.shapes.items()})
 
     def save(self, theta: NamedTensors, folder: Path, *, tokenizer: bool = False) -> None:
         """Write global tensors into a folder as an adapter that peft opens, with the tokenizer if asked for."""
@@ -94,7 +99,10 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
         recipe.data, seed=recipe.seed, tokenizer=base.tokenizer, max_tokens=recipe.training.max_tokens
     )
     if sites:  # whoever builds a bench without data cannot know their names
-        require_sites(recipe.training.budget, [site.name for site in sites], "training.budget")
+        names = [site.name for site in sites]
+        require_sites(recipe.training.budget, names, "training.budget")
+        require_sites(spec.adapter.sites, names, "model.adapter.sites")
+        require_sites(spec.adapter.budget, names, "model.adapter.budget")
     digest = weights_digest(base.model)  # before the adapter's tensors join it
     model = attach_adapter(base, spec.adapter, seed=derive_seed(recipe.seed, "adapter"))
     if recipe.training.gradient_checkpointing:
@@ -112,7 +120,17 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
     theta = NamedTensors(trainables.values.layout, {d: f.cpu().clone() for d, f in trainables.values.flats.items()})
     participant = Participant(language_model, trainables)
     return Bench(
-        recipe, base, model, participant, objective, {s.name: s for s in sites}, theta, partition, digest, frozen
+        recipe,
+        base,
+        model,
+        participant,
+        objective,
+        {s.name: s for s in sites},
+        theta,
+        partition,
+        digest,
+        frozen,
+        shapes_of(spec.adapter, theta.layout),
     )
 
 

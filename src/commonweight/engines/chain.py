@@ -12,6 +12,7 @@ from ..data.tokens import concatenate
 from ..evaluate.scoring import score_tokens
 from ..federation.folder import read_tensors, write_tensors
 from ..federation.messages import ChainTask
+from ..model.tensors import NamedTensors
 from ..train.checkpoint import optimizer_state, restore_optimizer
 from ..train.local import LocalWork, make_optimizer
 
@@ -20,14 +21,18 @@ if TYPE_CHECKING:
 
 
 class Chain:
-    """A control arm under way: tensors and optimizer state are written after each round, so that it can go on."""
+    """A control arm under way: tensors and optimizer state are written after each round, so that it can go on.
 
-    def __init__(self, work: TaskWork, task: ChainTask) -> None:
+    Args:
+        theta: what it starts from.
+    """
+
+    def __init__(self, work: TaskWork, task: ChainTask, theta: NamedTensors) -> None:
         self.work, self.task, self.bench = work, task, work.bench
         self.file = work.folder / task.folder / "chain.safetensors"
         self.tokens = concatenate([self.bench.sites[s].train for s in task.sites])
         self.who = task.sites[0] if task.arm == "local" else f"<{task.arm}>"
-        work.values.copy_(self.bench.theta)
+        work.values.copy_(theta)
         self.optimizer = make_optimizer(self.bench.participant.trainables, self.bench.recipe.training)
         self.points: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None

@@ -16,6 +16,7 @@ from ..errors import SiteError
 from ..evaluate.scoring import answer, score_site
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, TrainTask
 from ..model.adapters import adapter_off
+from ..model.shapes import worn
 from ..model.tensors import NamedTensors
 from ..seeding import derive_seed
 from ..train.checkpoint import Checkpoint
@@ -71,33 +72,43 @@ class TaskWork:
 
         Args:
             broadcast: `theta` and the strategy's further channels, of the bench's layout; not written to.
-            delta: where θᵢ − θ goes.
+            delta: where θᵢ − θ goes. From a site that holds less than the whole adapter, θ is what it was handed, and
+            the rest of `delta` is zero.
             state: the site's private state; empty if it has none yet.
 
         Raises:
-            SiteError: a loss that is not finite; Cancelled.
+            SiteError: a loss that is not finite, or an objective that went beyond the site's part; Cancelled.
         """
-        began, site, theta = time.perf_counter(), self.bench.sites[task.site], broadcast["theta"]
+        began, site, shape = time.perf_counter(), self.bench.sites[task.site], self.bench.shapes.get(task.site)
+        theta = broadcast["theta"] if shape is None else shape.start(broadcast["theta"])
         change = correction(task.correction, theta, broadcast, state, round=task.round)
         self.values.copy_(theta)
-        result = self.bench.objective.work(
-            self.bench.participant,
-            LocalWork(
-                site.train,
-                self.bench.recipe.training,
-                lr=task.lr,
-                steps=task.steps,
-                seed=self.seed(task.site, task.round),
-                pack_seed=self.bench.pack_seed(task.site),
-                correction=change,
-                checkpoint=checkpoint,
-                interrupted=self.interrupted,
-                progress=on_step,
-            ),
-        )
+        with worn(self.bench.model, shape):
+            result = self.bench.objective.work(
+                self.bench.participant,
+                LocalWork(
+                    site.train,
+                    self.bench.recipe.training,
+                    lr=task.lr,
+                    steps=task.steps,
+                    seed=self.seed(task.site, task.round),
+                    pack_seed=self.bench.pack_seed(task.site),
+                    correction=change,
+                    checkpoint=checkpoint,
+                    interrupted=self.interrupted,
+                    progress=on_step,
+                ),
+            )
         if not math.isfinite(result.loss):
             raise SiteError(f"the objective reported a training loss of {result.loss}", hint="lower training.lr")
         self._difference(theta, delta)
+        moved = shape.beyond(delta) if shape is not None else None
+        if moved is not None:
+            raise SiteError(
+                f"the objective trained {moved!r} beyond the part that site {task.site!r} holds",
+                hint="only objectives that follow the gradient can train a part of an adapter; leave the site out of "
+                "model.adapter.sites and model.adapter.budget",
+            )
         further, new_state = change.finish(delta, lr=task.lr, steps=result.num_steps)
         # plain numbers: an objective of one's own may count in NumPy's or torch's
         metrics = {"loss": float(result.loss), "seconds": time.perf_counter() - began}
@@ -160,11 +171,13 @@ class TaskWork:
 
     def chain(self, task: ChainTask) -> dict[str, Any]:
         """A control arm's training through all its rounds; goes on where a killed process left it."""
-        chain = Chain(self, task)
-        for number, lr, steps in task.rounds[chain.done :]:
-            chain.round(number, lr, steps)
-            self.progress({"arm": task.arm, "sites": len(task.sites), "site": task.sites[0], "round": number})
-        return chain.result()
+        shape = self.bench.shapes.get(task.sites[0]) if task.arm == "local" else None
+        with worn(self.bench.model, shape):
+            chain = Chain(self, task, self.bench.theta if shape is None else shape.start(self.bench.theta))
+            for number, lr, steps in task.rounds[chain.done :]:
+                chain.round(number, lr, steps)
+                self.progress({"arm": task.arm, "sites": len(task.sites), "site": task.sites[0], "round": number})
+            return chain.result()
 
 
 def _difference(values: Tensor, theta: Tensor, out: Tensor) -> None:

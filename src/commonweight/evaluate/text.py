@@ -6,7 +6,7 @@ A missing or non-finite figure reads "–", so that a report of a partial run is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NONE = "–"
@@ -113,3 +113,9 @@ def shortened(name: str, limit: int = 48) -> str:
         return name
     tail = limit // 3
     return f"{name[: limit - tail - 1]}…{name[-tail:]}"
+
+
+def parts_in_words(parts: Mapping[str, Mapping[str, Any]], shown: int = 12) -> list[str]:
+    """What sites hold of an adapter, from `parts` in metrics.json: `clinic: rank 2, 4 of 14 modules`."""
+    found = [f"{site}: rank {p['r']}, {p['modules']} of {p['of_modules']} modules" for site, p in parts.items()]
+    return [*found[:shown], *([f"and {len(found) - shown:,} more"] if len(found) > shown else [])]

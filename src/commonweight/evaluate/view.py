@@ -12,7 +12,7 @@ from typing import Any
 from . import charts, rows
 from .cards import cards
 from .summary import controls_table, dig, gains, headline, num_seen, num_sites, summary_paragraphs
-from .text import NONE, duration, finite, number, percent, significant, size, span, surprise, whole
+from .text import NONE, duration, finite, number, parts_in_words, percent, significant, size, span, surprise, whole
 
 RATES = {"token_accuracy": "Tokens right", "exact_match": "Exact answers", "choice_accuracy": "Right choices"}
 MANY = 40
@@ -287,6 +287,7 @@ def facts(metrics: Metrics) -> list[tuple[str, str]]:
         ("Tokenizer digest", dig(metrics, "model", "tokenizer_digest")),
         ("Partition digest", dig(metrics, "partition", "digest")),
         ("Adapter", size(dig(metrics, "bytes", "adapter")) if dig(metrics, "bytes", "adapter") else None),
+        ("Parts of it at sites", "; ".join(parts_in_words(metrics.get("parts") or {}))),
         ("Started", metrics.get("started")),
         ("Finished", metrics.get("finished")),
     ]

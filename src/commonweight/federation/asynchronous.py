@@ -79,8 +79,7 @@ class Arrivals:
     updates: list[dict[str, Any]] = field(default_factory=list)
 
     def record(self, sites: Sites, strategy: Strategy) -> dict[str, Any]:
-        arrived = {*self.answered, *self.failed, *self.stale}
-        num_tasks = len(self.answered) + len(self.failed) + len(self.stale)
+        arrived = [*self.answered, *self.failed, *self.stale]
         sent = len(self.answered) + len(self.stale)
         return {
             "cohort": [site for site in sites.names if site in arrived],
@@ -88,7 +87,7 @@ class Arrivals:
             "failed": self.failed,
             "late": [site for site in dict.fromkeys(self.stale) if site not in self.answered],
             "updates": self.updates,
-            **self.tally.record(num_tasks, strategy),
+            **self.tally.record(arrived, strategy),
             "bytes_up": sent * self.tally.layout.num_bytes,
         }
 
@@ -146,7 +145,7 @@ class AsynchronousRun:
         self.events.emit("round_opened", round=number, cohort=self.strategy.buffer, lr=lr)
         self.model.announce(self.engine)
         self.model.open()
-        arrivals = Arrivals(Tally(lr=lr, layout=self.model.layout))
+        arrivals = Arrivals(Tally(lr=lr, layout=self.model.layout, sites=self.sites))
         while len(arrivals.answered) < self.strategy.buffer:
             self._give_work(number, arrivals)
             if not self.under_way:

@@ -94,7 +94,7 @@ class FederatedRun:
         self.model.announce(self.engine)
 
         self.model.open()
-        tally = Tally(lr=lr, layout=self.model.layout)
+        tally = Tally(lr=lr, layout=self.model.layout, sites=self.sites)
         for outcome in self._outcomes(number, cohort, lr):
             round = self._hear(round, outcome, tally, timing)
         if tally.late:
@@ -196,7 +196,7 @@ class FederatedRun:
             "answered": list(round.answered),
             "failed": dict(round.failed),
             "late": list(round.late),
-            **tally.record(len(round.cohort), self.strategy, relays=bool(self.recipe.federation.relays)),
+            **tally.record(round.cohort, self.strategy, relays=bool(self.recipe.federation.relays)),
             "seconds": timing.seconds(evaluated_at, time.perf_counter()),
         }
         self.journal.commit(number, record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,11 +21,13 @@ class Sites:
         names: all of them.
         steps: optimizer steps a round, by site.
         groups: the group (patient, disease …) of each held-out row, by site.
+        bytes_a_copy: bytes of the tensors of sites that hold less than the whole adapter, by site.
     """
 
     names: tuple[str, ...]
     steps: Mapping[str, int]
     groups: Mapping[str, list[str]]
+    bytes_a_copy: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def _places(self) -> dict[str, int]:
@@ -55,11 +57,18 @@ class Timing:
 
 @dataclass
 class Tally:
-    """A round's figures for people, added up as updates are folded."""
+    """A round's figures for people, added up as updates are folded.
+
+    Args:
+        layout: of the global tensors.
+        sites: those that hold less say so.
+    """
 
     lr: float
     layout: Layout
+    sites: Sites
     updates: int = 0
+    bytes_up: int = 0
     steps: int = 0
     examples: int = 0
     label_tokens: int = 0
@@ -70,6 +79,7 @@ class Tally:
     def add(self, update: Update, *, relay: str = "") -> None:
         """Count an update; `relay`: by whose sum it came in."""
         self.updates += 1
+        self.bytes_up += self.bytes_of(update.site)
         if relay:
             self.relays[relay] = self.relays.get(relay, 0) + 1
         self.steps += update.num_steps
@@ -77,9 +87,17 @@ class Tally:
         self.label_tokens += update.num_label_tokens
         self.nats += update.metrics.get("loss", 0.0) * update.num_label_tokens
 
-    def record(self, cohort_size: int, strategy: Strategy, *, relays: bool = False) -> dict[str, Any]:
+    def bytes_of(self, site: str) -> int:
+        """Bytes of one copy of a site's tensors."""
+        return self.sites.bytes_a_copy.get(site, self.layout.num_bytes)
+
+    def record(self, cohort: Iterable[str], strategy: Strategy, *, relays: bool = False) -> dict[str, Any]:
         """`bytes_up`: what sites send, `bytes_down`: what they fetch. With relays, `bytes_received`: what reaches the
-        coordinator, which is one sum a region, in float32 at least, and the updates that came by themselves."""
+        coordinator, which is one sum a region, in float32 at least, and the updates that came by themselves.
+
+        Args:
+            cohort: the sites that were given a task, one as often as it was.
+        """
         copy, channels = self.layout.num_bytes, len(strategy.update_channels)
         received = (self.updates - sum(self.relays.values())) * copy + len(self.relays) * self.layout.num_wide_bytes
         return {
@@ -88,7 +106,7 @@ class Tally:
             "steps": self.steps,
             "examples": self.examples,
             "label_tokens": self.label_tokens,
-            "bytes_up": self.updates * copy * channels,
-            "bytes_down": cohort_size * copy * (1 + len(strategy.broadcast_channels)),
+            "bytes_up": self.bytes_up * channels,
+            "bytes_down": sum(map(self.bytes_of, cohort)) * (1 + len(strategy.broadcast_channels)),
             **({"bytes_received": received * channels} if relays else {}),
         }

@@ -13,10 +13,7 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..registry import resolve
-from .schema import Recipe
-
-#: adapters that consist of pairs A, B and nothing else
-PAIRED_ADAPTERS = ("lora", "rslora")
+from .schema import PAIRED_KINDS, Recipe
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,13 @@ def _is(strategy: type[Any], attribute: str) -> Any:
 
 FEATURES = (
     Feature(
+        "sites of different shapes, over a network",
+        lambda recipe, network: bool(recipe.model.adapter.shaped) and network,
+        lambda strategy: False,
+        "a networked site holds the whole adapter",
+        "Leave model.adapter.sites and model.adapter.budget out, or carry the recipe out by `commonweight run`",
+    ),
+    Feature(
         "runs over a network",
         lambda recipe, network: network,
         lambda strategy: _is(strategy, "needs") == "sum" and not _is(strategy, "asynchronous"),
@@ -53,10 +57,17 @@ FEATURES = (
     ),
     Feature(
         "adapters other than lora, rslora",
-        lambda recipe, network: recipe.model.adapter.kind not in PAIRED_ADAPTERS,
+        lambda recipe, network: recipe.model.adapter.kind not in PAIRED_KINDS,
         lambda strategy: not _is(strategy, "pairs"),
         "it works on the pairs A, B of LoRA, which this adapter has not or has more than",
         "Use model.adapter.kind lora or rslora, or the strategy fedavg",
+    ),
+    Feature(
+        "sites of different shapes",
+        lambda recipe, network: bool(recipe.model.adapter.shaped),
+        lambda strategy: bool(_is(strategy, "mixed_shapes")),
+        "it combines tensors of one shape, and model.adapter.sites or model.adapter.budget gives some sites another",
+        "Use the strategy flexlora or hetlora, or give all sites the whole adapter",
     ),
     Feature(
         "runs without a virtual clock",

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from commonweight import registry
 
-from .fields import allowed, dotted, section_of
+from .fields import allowed, dotted, entries_of, section_of
 from .load import builtin_text
 from .problems import shown
 from .schema import CohortSpec, Method, Recipe
@@ -90,6 +90,9 @@ def _sections(model: type[BaseModel], loc: Loc) -> Iterator[tuple[Loc, type[Base
         section = section_of(field)
         if section and section not in (Method, CohortSpec):
             yield from _sections(section, (*loc, name))
+        entry = entries_of(field)
+        if entry:
+            yield from _sections(entry, (*loc, name))
 
 
 def _section(loc: Loc, model: type[BaseModel]) -> str:
@@ -110,6 +113,9 @@ def _takes(loc: Loc, name: str, field: FieldInfo) -> str:
     if section and section not in (Method, CohortSpec):
         path = dotted((*loc, name))
         return f"[a section](#{path.replace('.', '')})"
+    if entries_of(field):
+        path = dotted((*loc, name))
+        return f"a mapping of names, each to [a section](#{path.replace('.', '')})"
     return allowed(field)
 
 

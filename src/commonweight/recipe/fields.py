@@ -39,6 +39,13 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
+def entries_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that each name of a field holds, where the field is a mapping of names to sections, else None."""
+    args = get_args(field.annotation)
+    entry = args[1] if get_origin(field.annotation) is dict else None
+    return entry if isinstance(entry, type) and issubclass(entry, BaseModel) else None
+
+
 def long_form(field: FieldInfo, value: Any) -> Any:
     """`value` with its short form written out: `fedavg` becomes `{name: fedavg}`."""
     for item in field.metadata:
@@ -49,12 +56,18 @@ def long_form(field: FieldInfo, value: Any) -> Any:
 
 def field_at(model: type[BaseModel], loc: Loc) -> FieldInfo | None:
     """The field at `loc` below `model`; None where the schema has none (an unknown key, a list item, an option)."""
-    field: FieldInfo | None = None
+    section = section_at(model, loc[:-1])
+    return section.model_fields.get(str(loc[-1])) if section and loc else None
+
+
+def section_at(model: type[BaseModel], loc: Loc) -> type[BaseModel] | None:
+    """The section at `loc` below `model`, an entry of a mapping of sections too; None where there is none."""
     section: type[BaseModel] | None = model
+    entry: type[BaseModel] | None = None
     for part in loc:
         field = section.model_fields.get(str(part)) if section else None
-        section = section_of(field) if field else None
-    return field
+        section, entry = entry or (section_of(field) if field else None), entries_of(field) if field else None
+    return section
 
 
 def walk(model: type[BaseModel], prefix: Loc = ()) -> Iterator[tuple[Loc, FieldInfo]]:
@@ -101,6 +114,8 @@ def _words(kind: Any, limits: str) -> str:
         return _words(args[0], _limits([item for extra in args[1:] for item in extra.metadata]))
     if origin is tuple and Ellipsis not in args:
         return f"a list of {len(args)} {_PLURAL.get(args[0], 'values')}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return "a section of its own fields"
     return f"{_PLAIN[kind]}{limits}" if kind in _PLAIN else ""
 
 

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from commonweight.errors import RecipeError
 
-from .fields import allowed, choices, dotted, field_at, takes_text, walk
+from .fields import allowed, choices, dotted, field_at, section_at, takes_text, walk
 from .source import Loc, Place, Source, read_value
 
 PLANNED = ("privacy", "compression", "alignment", "split")
@@ -163,9 +163,8 @@ def _unknown(model: type[BaseModel], loc: Loc, prefix: Loc, at: str) -> str:
     if path in PLANNED:
         return f"`{path}` is not available in this version of commonweight; remove it{f' ({at.strip()})' if at else ''}"
     found = _likely(model, loc, prefix)
-    section = field_at(model, loc[:-1]) if loc[:-1] else None
-    kind = section.annotation if section else model
-    known = ", ".join(f"`{name}`" for name in getattr(kind, "model_fields", {}))
+    section = section_at(model, loc[:-1]) or model
+    known = ", ".join(f"`{name}`" for name in section.model_fields)
     others = f"known here: {known}" if known else "it takes no options: remove it"
     return f"unknown key `{path}`{at}; " + (f"did you mean {found}?" if found else others)
 
@@ -174,12 +173,16 @@ def _likely(model: type[BaseModel], loc: Loc, prefix: Loc) -> str:
     """The field that an unknown key was probably meant to be: a near name beside it, else its name elsewhere."""
     key = str(loc[-1])
     fields = [path for path, _ in walk(model)]
-    beside = {str(path[-1]): path for path in fields if path[:-1] == loc[:-1]}
+    section = section_at(model, loc[:-1])
+    beside = {name: (*loc[:-1], name) for name in section.model_fields} if section else {}
     near = difflib.get_close_matches(key.lower().replace("-", "_"), beside, n=1)
     same = [beside[near[0]]] if near else [path for path in fields if path[-1] == key]
     if same:
         return " or ".join(f"`{dotted((*prefix, *path))}`" for path in same[:3])
-    return f"`{ELSEWHERE[key]}`" if key in ELSEWHERE and not prefix else ""
+    if key not in ELSEWHERE or prefix:
+        return ""
+    own = beside.get(ELSEWHERE[key].rpartition(".")[2])  # a site's `rank` is its own `r`
+    return f"`{dotted(own) if own else ELSEWHERE[key]}`"
 
 
 def _value_at(values: Any, loc: Loc) -> Any:

@@ -18,6 +18,10 @@ DEMO_DATA = "commonweight/consortium"
 
 PROMPT_KINDS = ("prompt", "prefix", "p-tuning")
 LORA_KINDS = ("lora", "dora", "rslora")
+#: adapters that consist of pairs A, B and nothing else
+PAIRED_KINDS = ("lora", "rslora")
+
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
@@ -46,6 +50,23 @@ def _named(value: object) -> object:
 MethodField = Annotated[Method, BeforeValidator(_named)]
 
 
+class SiteAdapterSpec(Section):
+    """One site's part of the adapter, for strategies that combine sites of different shapes. What is left out is the
+    adapter's own.
+    """
+
+    r: int | None = Field(None, ge=1, description="The site's rank, at most the adapter's.")
+    alpha: float | None = Field(
+        None, gt=0, description="The site's α. Default: the one at which its scale is the adapter's."
+    )
+    targets: list[str] | None = Field(
+        None, min_length=1, description="Names of the modules that the site trains, among the adapter's."
+    )
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="Transformer blocks that the site trains, counted from 0."
+    )
+
+
 class AdapterSpec(Section):
     """The small part of the model that is trained and sent."""
 
@@ -63,6 +84,47 @@ class AdapterSpec(Section):
         "names.",
     )
     virtual_tokens: int = Field(16, ge=1, description="Length of the learned prompt (`prompt`, `prefix`, `p-tuning`).")
+    sites: dict[str, SiteAdapterSpec] = Field(
+        {},
+        description="Sites that train and send a part of the adapter only, by name: "
+        "`{clinic: {r: 4, targets: [q_proj, v_proj]}}`.",
+    )
+    budget: dict[str, Share] = Field(
+        {},
+        description="Small sites, by name: the share of the adapter's parameters that a site may hold. "
+        "`{clinic: 0.25}`. Its rank is lowered to that share of `r`, rounded down. Where not even rank 1 fits, only as "
+        "many of the last blocks are trained as fit at rank 1.",
+    )
+
+    @property
+    def shaped(self) -> tuple[str, ...]:
+        """The sites that may hold less than the whole adapter."""
+        return (*self.sites, *self.budget)
+
+    @property
+    def scale(self) -> float:
+        """s, by which LoRA's product is multiplied."""
+        return self.scale_of(self.alpha, self.r)
+
+    def scale_of(self, alpha: float, r: int) -> float:
+        """α/r, or for `rslora` α/√r."""
+        return alpha / math.sqrt(r) if self.kind == "rslora" else alpha / r
+
+    @model_validator(mode="after")
+    def _parts_lie_inside(self) -> Self:
+        if self.shaped and self.kind not in PAIRED_KINDS:
+            raise ValueError(
+                f"`sites` and `budget` cut a lora or rslora adapter to size, and kind is {self.kind}; use one of the "
+                "two, or leave them out"
+            )
+        for site, own in self.sites.items():
+            if site in self.budget:
+                raise ValueError(f"{site} is in `sites` and in `budget`; say its shape, or let the budget choose it")
+            if own.r is not None and own.r > self.r:
+                raise ValueError(
+                    f"sites.{site}.r is {own.r}, above the adapter's r of {self.r}, which is the largest of all"
+                )
+        return self
 
 
 class ModelSpec(Section):
@@ -240,7 +302,7 @@ class TrainingSpec(Section):
     warmup_rounds: int = Field(0, ge=0, description="Rounds over which the learning rate rises to `lr`.")
     epochs: float | None = Field(None, gt=0, description="Passes over the site's examples a round. Default 1.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps a round, instead of `epochs`.")
-    budget: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+    budget: dict[str, Share] = Field(
         {},
         description="Slow sites, by name: the share of its steps that a site takes, rounded down, at least one step. "
         "`{clinic: 0.25}`. The strategy `fednova` evens out what unequal steps do.",

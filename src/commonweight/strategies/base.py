@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ..errors import RoundError
+from ..model.shapes import Shape
 from ..model.tensors import Layout, NamedTensors, first_non_finite
 from .update import Update
 
@@ -80,6 +81,8 @@ class Strategy(ABC):
 
     #: whether it works on LoRA's pairs A, B and means nothing without them
     pairs: ClassVar[bool] = False
+    #: whether it combines sites that hold different parts of a LoRA adapter (`shapes`); such a strategy has `pairs`
+    mixed_shapes: ClassVar[bool] = False
     #: whether it takes in updates as they come, without rounds in which sites wait for each other
     asynchronous: ClassVar[bool] = False
 
@@ -87,6 +90,8 @@ class Strategy(ABC):
         """Args: options: an instance of `Options`. num_sites: N, all the sites of the run, not a round's cohort."""
         self.options = options if options is not None else self.Options()
         self.num_sites = num_sites
+        #: of the sites that hold less than the whole adapter, by name
+        self.shapes: Mapping[str, Shape] = {}
 
     def check(self, num_sites: int) -> None:  # noqa: B027  # most strategies are content with any number
         """Raises RecipeError: a round to which `num_sites` sites are invited is too small for what it promises."""

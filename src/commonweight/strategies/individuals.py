@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RoundError
-from ..model.tensors import Layout, NamedTensors, accumulator_dtype, first_non_finite
+from ..model.tensors import NamedTensors, accumulator_dtype, first_non_finite
 from .base import Fold, ServerState, Strategy
 from .update import Update
 
@@ -107,24 +107,3 @@ def add_vector(theta: NamedTensors, vector: Tensor, *, lr: float = 1.0) -> None:
         piece = vector[start : start + flat.numel()]
         flat.copy_(flat.to(vector.dtype).add_(piece, alpha=lr))
         start += flat.numel()
-
-
-def matrices(layout: Layout) -> dict[str, tuple[str, str]]:
-    """LoRA pairs by the name of their module: (name of A, r × in; name of B, out × r).
-
-    Names are peft's: `….lora_A.weight` and `….lora_B.weight`, or `….lora_A.default.weight` with an adapter's name in
-    between, which then ends the key (`….default`): a module may have several. Only matrices whose product exists are
-    pairs: a convolution's factors or a bias are not.
-    """
-    found: dict[str, dict[str, str]] = {}
-    for name, entry in layout.by_name.items():
-        for letter in "AB":
-            module, mark, tail = name.partition(f".lora_{letter}.")
-            if mark and tail.split(".")[-1] == "weight" and len(entry.shape) == 2:
-                found.setdefault(".".join([module, *tail.split(".")[:-1]]), {})[letter] = name
-    shapes = {name: entry.shape for name, entry in layout.by_name.items()}
-    return {
-        key: (pair["A"], pair["B"])
-        for key, pair in found.items()
-        if len(pair) == 2 and shapes[pair["A"]][0] == shapes[pair["B"]][1]
-    }

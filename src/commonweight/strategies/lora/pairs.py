@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ...errors import RecipeError, RoundError
+from ...model.shapes import matrices
 from ...model.tensors import Layout, NamedTensors, accumulator_dtype
 from ..base import ServerState
-from ..individuals import IndividualsStrategy, matrices, weights_of
+from ..individuals import IndividualsStrategy, weights_of
 from ..update import Update
 from .factors import Factors
 
@@ -21,10 +22,15 @@ _HINT = "choose a LoRA adapter (model.adapter), or a strategy that averages any 
 class PairsStrategy(IndividualsStrategy):
     """A strategy on pairs A, B. A subclass writes `combine_pair`.
 
-    LoRA's scale s is one for all sites and constant, so it multiplies every Σ pᵢsBᵢAᵢ alike and drops out: factors here
-    have scale 1. A pair is combined in float64 and rounded once, to theta's dtype; pairs are taken one after the
-    other, so that the memory beside the held updates is a single pair's. Tensors of no pair, such as a head that is
-    trained whole, become θ + Σ pᵢΔᵢ, as in FedAvg; integers stay.
+    The adapter's scale s is constant and multiplies all alike, so it drops out: a site's factors here have the scale
+    sᵢ/s, which is 1 unless the recipe gives the site an α of its own. A pair is combined in float64 and rounded once,
+    to theta's dtype; pairs are taken one after the other, so that the memory beside the held updates is a single
+    pair's. Tensors of no pair, such as a head that is trained whole, become θ + Σ pᵢΔᵢ, as in FedAvg; integers stay.
+
+    Where sites hold different parts of the adapter (`mixed_shapes`), a module is combined from those that hold it, with
+    weights that add up to 1 among them, and stays as it is if none of them answered. That is our choice, as the papers
+    vary ranks only: were the others counted with a product of zero, a module that one site in ten holds would lose nine
+    tenths of itself every round. Updates come in the whole adapter's layout, zero beyond a site's part.
     """
 
     pairs = True
@@ -59,9 +65,15 @@ class PairsStrategy(IndividualsStrategy):
             raise RoundError(self._without_pairs(theta.layout), hint=_HINT)
         for module, (name_a, name_b) in found.items():
             before = Factors(theta[name_b].double(), theta[name_a].double())
-            sites = [Factors(before.B + u.delta[name_b], before.A + u.delta[name_a]) for u in updates]
+            holders = [(u, w) for u, w in zip(updates, weights, strict=True) if self._holds(u.site, name_a)]
+            if not holders:
+                continue
+            sites = [self._factors(theta, u, name_a, name_b) for u, _ in holders]
+            among = [w for _, w in holders]
+            if len(holders) < len(updates):
+                among = [w / sum(among) for w in among]
             try:
-                after = self.combine_pair(before, sites, weights)
+                after = self.combine_pair(before, sites, among)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but its stub is silent
                 raise RoundError(
                     f"the sites' products B·A of {module!r} cannot be decomposed: {error}",
@@ -75,13 +87,29 @@ class PairsStrategy(IndividualsStrategy):
                 _average(tensor, [update.delta[name] for update in updates], weights)
         return state
 
+    def _holds(self, site: str, name: str) -> bool:
+        shape = self.shapes.get(site)
+        return shape is None or shape.holds(name)
+
+    def _factors(self, theta: NamedTensors, update: Update, name_a: str, name_b: str) -> Factors:
+        """A site's own factors after its work: what it was handed, and its delta."""
+        shape = self.shapes.get(update.site)
+        if shape is None:
+            B, A = (theta[name].double() + update.delta[name] for name in (name_b, name_a))
+            return Factors(B, A)
+        B, A = (
+            shape.handed(name, theta[name]).double() + shape.part(name, update.delta[name]) for name in (name_b, name_a)
+        )
+        return Factors(B, A, shape.ratio)
+
     @abstractmethod
     def combine_pair(self, before: Factors, sites: Sequence[Factors], weights: Sequence[float]) -> Factors:
         """A layer's new factors, of the rank that it had.
 
         Args:
             before: the global B (out × r) and A (r × in), float64, before the round.
-            sites: each site's Bᵢ and Aᵢ after its local work, float64.
+            sites: each site's Bᵢ and Aᵢ after its local work, float64, and sᵢ/s; of other ranks than r and other scales
+            than 1 only if `mixed_shapes`.
             weights: pᵢ, which add up to 1.
 
         Raises:
