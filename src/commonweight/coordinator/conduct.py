@@ -13,6 +13,7 @@ from typing import Any, cast
 from .. import __version__
 from ..errors import CommonweightError, QuorumError, StorageError, UnreachableError
 from ..evaluate.report import write_report
+from ..federation.asynchronous import with_equal_budget
 from ..federation.controls import run_controls
 from ..federation.evaluation import Evaluation
 from ..federation.events import Events, phase_seconds
@@ -21,6 +22,7 @@ from ..federation.messages import Completed, TrainTask
 from ..federation.record import Record
 from ..federation.run import FederatedRun
 from ..federation.tally import Sites
+from ..strategies.asynchronous import AsynchronousStrategy
 from ..strategies.base import SumStrategy
 from ..strategies.update import Update
 from .context import Context
@@ -29,6 +31,7 @@ from .plans import RunPlan
 from .roster import Roster
 from .store import LeaseLost, StoreJournal
 from .stored_model import StoredModel
+from .versions import Versions
 
 #: events wait at most this long in memory before others can read them
 _FLUSH_S = 0.25
@@ -61,6 +64,7 @@ class NetworkShelf:
         kept = states if self.keep_rounds == "all" else dict(list(states.items())[-int(self.keep_rounds) :])
         last = states[max(states)]
         wanted = {state["base"] for state in kept.values()} | {last["base"], last["slots"], self.model.initial}
+        wanted |= self.here.store.bases_in_use(self.run_id)
         # a frame that is in no commit may be another leader's, who is about to commit it
         known = {state[name] for state in states.values() for name in ("base", "slots")}
         files = self.here.files(self.run_id)
@@ -196,7 +200,7 @@ class Conductor:
             roster.gather()
         first = roster.sites(journal.last_round() + 1)
         events.emit("loaded", sites=list(first.names)[:100], num_sites=len(first.names), layout="", seconds=0.0)
-        strategy = cast(SumStrategy, plan.strategy(len(first.names)))
+        strategy = cast(SumStrategy | AsynchronousStrategy, plan.strategy(len(first.names)))
         model = StoredModel(strategy, here.files(self.run_id), plan.initial.digest)
         trainable = sum(plan.layout.numels.values())
         events.emit(
@@ -210,13 +214,19 @@ class Conductor:
         engine.announce(model.initial)
         evaluation.base()
         shelf = NetworkShelf(here, self.run_id, model, journal, recipe.output.keep_rounds)
-        federated = FederatedRun(recipe, roster.sites, strategy, model, engine, journal, shelf, events, evaluation)
-        self._rounds(federated, events, recipe.federation.retries, recipe.federation.patience_s)
+        if isinstance(strategy, AsynchronousStrategy):
+            versions = Versions(recipe, roster, strategy, model, engine, journal, shelf, events, evaluation, flush)
+            versions.run()
+            sites = versions.sites
+        else:
+            federated = FederatedRun(recipe, roster.sites, strategy, model, engine, journal, shelf, events, evaluation)
+            self._rounds(federated, events, recipe.federation.retries, recipe.federation.patience_s)
+            sites = federated.sites
         events.emit("adapter_saved", folder="", digest=model.digest())
-        sites = federated.sites
         if "local" in recipe.evaluation.controls:
             engine.announce(model.initial)
-            run_controls(recipe, sites, engine, journal, events, apart=True)
+            budget = with_equal_budget(recipe, strategy, len(sites.names))
+            run_controls(budget, sites, engine, journal, events, apart=True)
         self._report(plan, journal, sites, roster, model, started)
 
     def _rounds(self, federated: FederatedRun, events: Events, retries: int, patience_s: float) -> None:

@@ -134,14 +134,14 @@ class NetworkEngine:
             deadline_at=deadline_at,
         )
 
-    def stored_update(self, task: TrainTask, upload: Upload) -> StoredUpdate:
+    def stored_update(self, upload: Upload) -> StoredUpdate:
         """An accepted upload as an update whose tensors stay where they are."""
         manifest = parse_manifest(SignedManifest(manifest=upload.manifest, signature=upload.signature))
         assert upload.data_key is not None
         key = self.vault.unwrap(upload.data_key, f"{upload.run}/{upload.round}/{upload.site}")
         return StoredUpdate(
-            task.site,
-            task.round,
+            upload.site,
+            upload.round,
             {},
             weight=weight_of(manifest, self.plan),
             num_examples=manifest.num_examples,
@@ -151,6 +151,7 @@ class NetworkEngine:
             frame=manifest.frame,
             path=self.blobs.open_local(upload.blob),
             key=key,
+            base=manifest.base,
         )
 
 
@@ -187,13 +188,13 @@ class Errand:
         news = threading.Event()
         bus = self.store.bus
         with bus.subscribe(f"run/{self.engine.run_id}", news.set), bus.subscribe("sites", news.set):
-            self._begin()
+            self.begin()
             for index in range(len(self.tasks)):
                 while index not in self.decided:
                     began = time.monotonic()
                     self.engine.led.check()
                     news.clear()
-                    self._look()
+                    self.look()
                     if index not in self.decided:
                         self.engine.flush()
                         took = time.monotonic() - began
@@ -206,7 +207,7 @@ class Errand:
         self.decided.add(index)
         self.outcome_of[index] = outcome
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Open the round, or go on with it, and put out the tasks that are not out yet."""
         lease, round = self.engine.led.lease, None
         if self.trains:
@@ -251,7 +252,7 @@ class Errand:
 
     # --- looking at what is known
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Take in replies, failures, absences and the deadline."""
         states = self.store.task_states(self.engine.run_id, self.round)
         round = self._round_now()
@@ -347,7 +348,7 @@ class Errand:
             task = self.tasks[index]
             assert isinstance(task, TrainTask)
             if task.site in uploads:
-                self._decide(index, Completed(task, self.engine.stored_update(task, uploads[task.site])))
+                self._decide(index, Completed(task, self.engine.stored_update(uploads[task.site])))
             elif task.site in round.failed:
                 self._decide(index, Dropped(task, round.failed[task.site]))
                 late.append(self.rows[index].id)

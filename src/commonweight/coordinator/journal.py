@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from ..errors import StateError
 from ..federation.round import Committed
+from ..federation.version import Version
 from .audit import append
 from .database import Part, Writing, reading, upsert, writing
 from .leases import Lease, hold
@@ -72,15 +73,25 @@ class JournalPart(Part):
         row = {"run": lease.run, "round": round, "record": text, "epoch": lease.epoch}
         tx.execute(commits.insert(), row)
         if round > 0:
-            verdict = tell(tx, lease.run, locked(tx, lease.run, round)[0], Committed(round))
-            if not verdict.accepted:
-                raise StateError(f"run {lease.run!r}: {verdict.reason}")
-        spend(tx, lease.run, round)
-        over = (tasks.c.round <= round, tasks.c.kind == "train")
-        withdraw_where(tx, lease.run, *over, reason=f"round {round} is committed")
+            self._close(tx, lease.run, round)
         digest = hashlib.sha256(text.encode()).hexdigest()
         append(tx, "round committed", actor="coordinator", subject=lease.run, round=round, record=digest)
         tx.publish(f"run/{lease.run}")
+
+    def _close(self, tx: Writing, run: str, number: int) -> None:
+        """A round's or version's book. In a version's stead its successor is open already: tasks go on that may still
+        be answered there."""
+        round, _ = locked(tx, run, number)
+        verdict = tell(tx, run, round, Committed(number))
+        if not verdict.accepted:
+            raise StateError(f"run {run!r}: {verdict.reason}")
+        spend(tx, run, round)
+        over, reason = tasks.c.round <= number, f"round {number} is committed"
+        if isinstance(round, Version):
+            over, reason = tasks.c.round < round.oldest, f"version {number} is committed, and it would be too stale"
+            if round.following() is None:
+                reason = f"version {number}, the last, is committed"
+        withdraw_where(tx, run, over, tasks.c.kind == "train", reason=reason)
 
     @reading
     def last_round(self, connection: sa.Connection, run: str) -> int:

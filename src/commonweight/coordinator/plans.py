@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..errors import RecipeError, StateError
+from ..federation.asynchronous import check_asynchronous
 from ..model.tensors import Layout
 from ..recipe.load import check_methods, parse_recipe
 from ..recipe.schema import Recipe
 from ..registry import built_in, is_listed, resolve
+from ..strategies.asynchronous import AsynchronousStrategy
 from ..strategies.base import Strategy, SumStrategy
 from ..wire.frames import Channel, Frame, parse_header
+from ..wire.messages import MAX_SITES
 from ..wire.protocol_pb2 import Job
 from ..wire.refusals import Refusal, Refused
 from .store import Store
@@ -47,10 +50,13 @@ class RunPlan:
         # the code of an objective that a lead brings along runs at sites, never here
         check_methods(recipe, network=True, objective=recipe.training.objective.name in built_in("objective"))
         plan = cls(job, recipe)
-        if not isinstance(plan.strategy(1), SumStrategy):
+        strategy = plan.strategy(1)
+        # of a run that is open to every site nobody knows how many there will be
+        check_asynchronous(recipe, strategy, len(job.sites) or MAX_SITES)
+        if not isinstance(strategy, SumStrategy | AsynchronousStrategy):
             raise RecipeError(
-                f"federation.strategy {name!r} is no SumStrategy, and a coordinator, which combines piece by piece, "
-                "runs no other",
+                f"federation.strategy {name!r} is neither a SumStrategy nor an AsynchronousStrategy, and a "
+                "coordinator, which combines piece by piece, runs no other",
                 hint="write it as a subclass of commonweight.strategies.base.SumStrategy",
             )
         return plan

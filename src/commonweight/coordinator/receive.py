@@ -191,12 +191,12 @@ class Receiver:
         run = self.store.run_row(manifest.run)
         if run.has_ended:
             raise Refused(Refusal.RUN_ENDED, f"run {manifest.run!r} is {run.state}")
-        found = self.store.round_state(manifest.run, manifest.round)
-        if found is not None:
+        round = self.store.deciding(manifest.run, manifest.round)
+        if round is not None:
             answer = Answered(manifest.site, manifest.round)
-            _, verdict = found[0].apply(answer)
+            _, verdict = round.apply(answer)
             if not verdict.accepted:
-                raise Refused(refusal_code(found[0], answer), verdict.reason)
+                raise Refused(refusal_code(round, answer), verdict.reason)
         raise Refused(Refusal.WRONG_TASK, f"task {manifest.task!r} is over: it is {task.state}")
 
     def _opened(self, manifest: ParsedManifest, signed: SignedManifest) -> Upload:

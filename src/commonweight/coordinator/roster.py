@@ -18,6 +18,7 @@ from ..federation.events import Events
 from ..federation.journal import RunJournal
 from ..federation.round import answers_needed
 from ..federation.tally import Sites
+from ..strategies.asynchronous import AsynchronousStrategy
 from .access import ACTIVE
 from .answers import checked_facts
 from .engine import NetworkEngine
@@ -37,7 +38,12 @@ class Roster:
         self.store, self.plan = engine.store, engine.plan
         self.spec = engine.plan.recipe.federation
         self.named = tuple(self.plan.job.sites)
+        strategy = self.plan.strategy(1)
+        self.buffer = strategy.buffer if isinstance(strategy, AsynchronousStrategy) else 0
+        #: sites that are asked to join and have not answered, by the last look
+        self.waiting: Mapping[str, str] = {}
         self._tasks: dict[str, str] = {}
+        self._sites = Sites((), {}, {})
 
     def expected(self) -> tuple[str, ...]:
         """The sites that may take part, in the order of folding."""
@@ -88,13 +94,19 @@ class Roster:
 
     def _may_begin(self, joined: int, waiting: Mapping[str, str], quiet_s: float) -> bool:
         size = self.spec.cohort.size(max(1, len(self.expected())))
-        enough = joined >= answers_needed(self.spec, size) and joined >= (self.spec.cohort.count or 1)
+        enough = joined >= (self.spec.cohort.count or 1) and self._can_answer(joined, size)
         if not waiting and (self.named or self.expected()):
             if not enough and self.named:
                 self._refuse(joined, size)
             return enough
         busy = any(state == "taken" and self.engine.presence.away_for(site) is None for site, state in waiting.items())
         return enough and not busy and quiet_s > self.spec.patience_s
+
+    def _can_answer(self, joined: int, size: int) -> bool:
+        """Whether a round, or a version's buffer, can be filled by so many sites."""
+        if self.buffer:
+            return joined > 0 and self.spec.cohort.size(joined) >= self.buffer
+        return joined >= answers_needed(self.spec, size)
 
     def _refuse(self, joined: int, size: int) -> None:
         members = self.store.members(self.engine.run_id)
@@ -164,8 +176,23 @@ class Roster:
             self.journal.put(f"roster/{round:04d}", record)
         names = tuple(record["sites"])
         self.engine.num_sites = len(names)
-        return Sites(
-            names,
-            {site: joined[site]["steps"] for site in names},
-            {site: list(joined[site]["groups"]) for site in names},
-        )
+        return _sites(names, joined)
+
+    def present(self) -> Sites:
+        """The sites that may be given work now, attending or not: newcomers are asked, and whoever has answered is
+        heard. For runs without rounds: nothing is fixed."""
+        self.waiting = self.ask()
+        active, states = self._active(), self.store.member_states(self.engine.run_id)
+        names = {site for site, state in states.items() if state == "joined" and site in active}
+        if names != set(self._sites.names):
+            joined = self.joined()
+            self._sites = _sites(tuple(site for site in joined if site in names), joined)
+        return self._sites
+
+
+def _sites(names: tuple[str, ...], joined: Mapping[str, Mapping[str, Any]]) -> Sites:
+    return Sites(
+        names,
+        {site: joined[site]["steps"] for site in names},
+        {site: list(joined[site]["groups"]) for site in names},
+    )

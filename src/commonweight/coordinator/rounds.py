@@ -1,4 +1,8 @@
-"""Rounds in the database: the pure state machine of `federation/round.py`, one event a transaction."""
+"""Rounds and versions in the database: the pure state machines of `federation/`, one event a transaction.
+
+An answer to a task of round v + 1 is decided by that round. Of versions it is decided by the latest, which is the one
+that is open: it was opened in the transaction that closed the one before.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import sqlalchemy as sa
 
 from ..errors import StateError
 from ..federation.round import Answered, Committed, DeadlinePassed, Event, Failed, Phase, Round, Verdict
+from ..federation.version import Version, parsed
 from ..wire.refusals import Refusal
 from .database import Part, Writing, found, insert_if_new, reading, writing
 from .leases import Lease, hold
@@ -24,6 +29,7 @@ _LOCKED_BY_UPLOAD = (
     )
     .with_for_update(key_share=True, of=rounds)
 )
+_LATEST = sa.select(sa.func.max(rounds.c.number)).where(rounds.c.run == sa.bindparam("run"))
 _CHANGE = (
     rounds.update()
     .where(rounds.c.run == sa.bindparam("its_run"), rounds.c.number == sa.bindparam("its_number"))
@@ -67,12 +73,25 @@ class RoundsPart(Part):
     def round_state(self, connection: sa.Connection, run: str, number: int) -> tuple[Round, str] | None:
         """A round and its base; None if it was never opened."""
         row = connection.execute(_ONE, {"run": run, "number": number}).one_or_none()
-        return None if row is None else (Round.from_json(json.loads(row.state)), row.base)
+        return None if row is None else (parsed(json.loads(row.state)), row.base)
+
+    @reading
+    def deciding(self, connection: sa.Connection, run: str, number: int) -> Round | None:
+        """What decides now about an answer to a task of round `number`; None if that round was never opened."""
+        row = connection.execute(_ONE, {"run": run, "number": number}).one_or_none()
+        if row is None:
+            return None
+        round = parsed(json.loads(row.state))
+        if not isinstance(round, Version):
+            return round
+        latest = connection.execute(_LATEST, {"run": run}).scalar_one()
+        row = connection.execute(_ONE, {"run": run, "number": latest}).one()
+        return parsed(json.loads(row.state))
 
     @writing
     def apply(self, tx: Writing, run: str, number: int, event: Event, *, lease: Lease | None = None) -> Verdict:
-        """Tell a round of an event. Any replica may tell that a site failed; only the leader that time is up. An
-        answer comes by `accept_upload` alone, and a commit by the journal's `commit` alone.
+        """Tell a round, or of versions the latest, of an event. Any replica may tell that a site failed; only the
+        leader that time is up. An answer comes by `accept_upload` alone, and a commit by the journal's `commit` alone.
 
         Raises:
             LeaseLost: the lease is given and no longer holds.
@@ -83,8 +102,7 @@ class RoundsPart(Part):
             raise ValueError(event)
         if lease is not None:
             hold(tx, lease)
-        round, _ = locked(tx, run, number)
-        return tell(tx, run, round, event)
+        return tell(tx, run, deciding(tx, run, locked(tx, run, number)[0]), event)
 
 
 def locked(tx: Writing, run: str, number: int) -> tuple[Round, str]:
@@ -95,33 +113,48 @@ def locked(tx: Writing, run: str, number: int) -> tuple[Round, str]:
     """
     row = tx.execute(_LOCKED, {"run": run, "number": number}).one_or_none()
     row = found(row, f"round {number} of run {run!r}")
-    return Round.from_json(json.loads(row.state)), row.base
+    return parsed(json.loads(row.state)), row.base
 
 
 def locked_by_upload(tx: Writing, upload_id: str) -> Round:
-    """The round of an upload, as `locked`. Whoever changes an upload's state holds its round's lock.
+    """The round that decides about an upload, as `locked`. Whoever changes an upload's state holds its round's lock.
 
     Raises:
         StateError: there is no such upload.
     """
     row = found(tx.execute(_LOCKED_BY_UPLOAD, {"upload": upload_id}).one_or_none(), f"upload {upload_id!r}")
-    return Round.from_json(json.loads(row.state))
+    return deciding(tx, row.run, parsed(json.loads(row.state)))
+
+
+def deciding(tx: Writing, run: str, round: Round) -> Round:
+    """What decides about an answer to a task of a locked round, locked: the round itself, or the latest version."""
+    while isinstance(round, Version):  # while this waited for a lock, a later one may have been opened
+        latest = tx.execute(_LATEST, {"run": run}).scalar_one()
+        if latest == round.number:
+            break
+        round, _ = locked(tx, run, latest)
+    return round
 
 
 def tell(tx: Writing, run: str, round: Round, event: Event) -> Verdict:
-    """Apply an event to a locked round, and write what became of it."""
+    """Apply an event to a locked round, and write what became of it. As a version closes, the next is opened."""
     after, verdict = round.apply(event)
     if verdict.accepted:
         tx.execute(_CHANGE, {"its_run": run, "its_number": round.number, "state": _text(after)})
+        following = after.following() if isinstance(after, Version) and after.phase is Phase.CLOSED else None
+        if following is not None:
+            insert_if_new(tx, rounds, {"run": run, "number": following.number, "state": _text(following), "base": ""})
         tx.publish(f"run/{run}")
     return verdict
 
 
 def refusal_code(round: Round, event: Answered | Failed) -> Refusal:
     """The kind of a round's refusal of an answer."""
+    if isinstance(round, Version) and round.is_stale(event.round):
+        return Refusal.STALE
     if event.site in round.answered:
         return Refusal.REPLAYED
-    if event.site not in round.cohort:
+    if event.site not in round.cohort and not isinstance(round, Version):
         return Refusal.NOT_INVITED
     if round.target is not None and len(round.answered) >= round.target:
         return Refusal.ENOUGH

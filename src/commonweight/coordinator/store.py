@@ -10,8 +10,8 @@ from any thread, and block: call them from an event loop through a thread.
     runs.py      add_run set_run_state request_cancel run_row find_run runs put_member members
     leases.py    claim renew release end_leases claimable leader
     journal.py   bind commit last_round commits put_result result          StoreJournal(store, lease): the same by name
-    rounds.py    open_round round_state apply
-    tasks.py     add_tasks open_tasks tasks task reply withdraw
+    rounds.py    open_round round_state deciding apply
+    tasks.py     add_tasks open_tasks tasks task_states open_training bases_in_use task reply withdraw
     uploads.py   open_upload upload find_upload accept_upload refuse_upload accepted_uploads spent_uploads leftovers
                  forget_upload
     events.py    add_events events attend seen left attending

@@ -2,8 +2,8 @@
 
 Everything that a strategy with `needs = "sum"` does is done element by element, so it may be done to one stretch of
 elements after the other: each piece of θ and of the slots is read, the same piece of every update is folded into it in
-cohort order, the strategy's step is taken, and the result is written and hashed. The bits are those of doing it to the
-whole (`tests/unit/test_stored_model.py` compares them).
+order (the cohort's, or in an asynchronous run that of acceptance), the strategy's step is taken, and the result is
+written and hashed. The bits are those of doing it to the whole (`tests/unit/test_stored_model.py` compares them).
 
     base   the frame that sites start from: channel `theta`, and the slots that the strategy broadcasts
     slots  the frame of the other slots, which stay here
@@ -26,6 +26,7 @@ from torch import Tensor
 from ..errors import StateError
 from ..federation.messages import Engine
 from ..model.tensors import Entry, Layout, NamedTensors, bytes_of
+from ..strategies.asynchronous import AsynchronousStrategy
 from ..strategies.base import ServerState, SumStrategy
 from ..strategies.update import Update
 from ..wire.frames import Channel, Frame, Piece, Plan
@@ -42,12 +43,14 @@ class StoredUpdate(Update):
 
     Args:
         frame: where each chunk belongs.
-        sealed: the file.
+        path, key: the file.
+        base: the digest of the frame that its site started from.
     """
 
     frame: Frame | None = None
     path: Path | None = None
     key: bytes = b""
+    base: str = ""
 
 
 class _Announcing(Protocol):
@@ -63,7 +66,7 @@ class StoredModel:
         initial: the digest of the frame with the initial θ.
     """
 
-    def __init__(self, strategy: SumStrategy, files: FrameFiles, initial: str) -> None:
+    def __init__(self, strategy: SumStrategy | AsynchronousStrategy, files: FrameFiles, initial: str) -> None:
         self.strategy, self.files, self.initial = strategy, files, initial
         plan = files.open(initial).frame.plan
         slots = strategy.slot_names
@@ -178,9 +181,17 @@ class StoredModel:
         if piece.dtype.is_floating_point:
             fold = self.strategy.open(state)
             for update, file in zip(self._updates, sealed, strict=True):
-                fold.add(_stretch(update, file, piece, layout))
+                fold.add(self._kept(update, _stretch(update, file, piece, layout), piece))
             state = self.strategy.close(state, fold)
         places.put(piece, state)
+
+    def _kept(self, update: StoredUpdate, stretch: Update, piece: Piece) -> Update:
+        """A stretch as the strategy keeps it: one that keeps models is shown the same stretch of the version that the
+        site started from."""
+        if not isinstance(self.strategy, AsynchronousStrategy) or self.strategy.keeps == "delta":
+            return stretch
+        theta = self.files.open(update.base).tensor(piece)
+        return self.strategy.kept(NamedTensors(stretch.delta.layout, {piece.dtype: theta}), stretch)
 
     def _layout_of(self, piece: Piece) -> Layout:
         """The layout of a stretch of elements: the parts of tensors that lie in it, under the tensors' names."""

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from ..wire.refusals import Refusal, Refused
 from .database import Part, Writing, reading, writing
 from .leases import Lease, hold
-from .tables import tasks
+from .tables import tasks, uploads
 
 OPEN = ("offered", "taken")
 REPLIES = ("taken", "done", "refused", "failed")
@@ -100,6 +100,21 @@ class TasksPart(Part):
         """(site, state) of each of a round's tasks, by id: what is wanted often, of many."""
         query = sa.select(tasks.c.id, tasks.c.site, tasks.c.state).where(tasks.c.run == run, tasks.c.round == round)
         return {row.id: (row.site, row.state) for row in connection.execute(query)}
+
+    @reading
+    def open_training(self, connection: sa.Connection, run: str) -> dict[str, tuple[str, int]]:
+        """(site, round) of each of a run's training tasks that is open, whatever its round, by id."""
+        query = sa.select(tasks.c.id, tasks.c.site, tasks.c.round)
+        mine = query.where(tasks.c.run == run, tasks.c.kind == "train", tasks.c.state.in_(OPEN))
+        return {row.id: (row.site, row.round) for row in connection.execute(mine)}
+
+    @reading
+    def bases_in_use(self, connection: sa.Connection, run: str) -> set[str]:
+        """The frames that open tasks start from, and those that accepted updates, not yet folded, started from."""
+        accepted = sa.select(uploads.c.task).where(uploads.c.run == run, uploads.c.state == "accepted")
+        used = tasks.c.state.in_(OPEN) | tasks.c.id.in_(accepted)
+        query = sa.select(tasks.c.base).distinct().where(tasks.c.run == run, tasks.c.base != "", used)
+        return set(connection.execute(query).scalars())
 
     @reading
     def task(self, connection: sa.Connection, task: str) -> TaskRow | None:

@@ -2,8 +2,10 @@
 
     open ──► accepted ──► spent (its round is committed)          (open) ──► refused, with a code
 
-At most one upload of a site counts in a round: a unique index holds that, whatever the code does. A row stays for good,
-so that a repeat gets the answer that the first got; its key and the name of its blob go when the blob is deleted.
+At most one upload of a site counts in a round: a unique index holds that, whatever the code does. In an asynchronous
+run an upload's round is its task's, and the version in which it counts says so itself (`Version.answers`). A row stays
+for good, so that a repeat gets the answer that the first got; its key and the name of its blob go when the blob is
+deleted.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from ..errors import StateError
-from ..federation.round import ACCEPTED, Answered, Failed, Verdict
+from ..federation.round import ACCEPTED, Answered, Failed, Round, Verdict
+from ..federation.version import Version
 from ..wire.refusals import Refusal, Refused
 from .audit import append
 from .database import Part, Writing, found, reading, writing
-from .rounds import locked, locked_by_upload, refusal_code, tell
+from .rounds import deciding, locked, locked_by_upload, refusal_code, tell
 from .runs import ENDED
 from .tables import runs, uploads
 from .tasks import end_task
@@ -78,6 +81,16 @@ _OF_SITE = sa.select(uploads).where(
     uploads.c.site == sa.bindparam("site"),
 )
 _RUN_STATE = sa.select(runs.c.state).where(runs.c.id == sa.bindparam("run"))
+_SPEND = (
+    uploads.update()
+    .where(
+        uploads.c.run == sa.bindparam("of_run"),
+        uploads.c.round == sa.bindparam("of_round"),
+        uploads.c.site == sa.bindparam("of_site"),
+        uploads.c.state == "accepted",
+    )
+    .values(state="spent")
+)
 _END = (
     uploads.update()
     .where(uploads.c.id == sa.bindparam("upload"))
@@ -100,7 +113,7 @@ class UploadsPart(Part):
         if state is None:
             raise Refused(Refusal.UNKNOWN_RUN, f"there is no run {upload.run!r}")
         try:
-            round, _ = locked(tx, upload.run, upload.round)
+            round = deciding(tx, upload.run, locked(tx, upload.run, upload.round)[0])
         except StateError:
             raise Refused(Refusal.WRONG_TASK, f"round {upload.round} of run {upload.run!r} was never opened") from None
         values = {"run": upload.run, "round": upload.round, "site": upload.site}
@@ -212,12 +225,20 @@ class UploadsPart(Part):
         found(tx.execute(change.returning(uploads.c.id)).one_or_none(), f"upload {upload_id!r}")
 
 
-def spend(tx: Writing, run: str, round: int) -> None:
-    """A round is committed: what counted in it and before is spent, what was still arriving is refused."""
-    mine = (uploads.c.run == run, uploads.c.round <= round)
-    tx.execute(uploads.update().where(*mine, uploads.c.state == "accepted").values(state="spent"))
-    refused = {"state": "refused", "code": Refusal.ROUND_CLOSED, "reason": f"round {round} is committed"}
-    tx.execute(uploads.update().where(*mine, uploads.c.state == "open").values(**refused))
+def spend(tx: Writing, run: str, round: Round) -> None:
+    """A round is committed: what counted in it and before is spent, what was still arriving is refused. Of a version,
+    what counts in it is spent, and only what will be too stale for the next is refused."""
+    if isinstance(round, Version):
+        for site, started in round.answers:
+            values = {"of_run": run, "of_round": started + 1, "of_site": site}
+            tx.execute(_SPEND, values)
+        late, code, reason = uploads.c.round < round.oldest, Refusal.STALE, f"version {round.number} is committed"
+    else:
+        before = (uploads.c.run == run, uploads.c.round <= round.number, uploads.c.state == "accepted")
+        tx.execute(uploads.update().where(*before).values(state="spent"))
+        late, code, reason = uploads.c.round <= round.number, Refusal.ROUND_CLOSED, f"round {round.number} is committed"
+    arriving = uploads.update().where(uploads.c.run == run, late, uploads.c.state == "open")
+    tx.execute(arriving.values(state="refused", code=code, reason=reason))
 
 
 def _read(tx: Writing, upload_id: str) -> tuple[Upload, str]:

@@ -316,10 +316,16 @@ def check_asynchronous(recipe: Recipe, strategy: Strategy, num_sites: int) -> No
     """Refuse an asynchronous strategy whose settings no version could meet.
 
     Raises:
-        RecipeError: its buffer takes more sites than work at once.
+        RecipeError: its buffer takes more sites than work at once, or fewer than must answer.
     """
     if not isinstance(strategy, AsynchronousStrategy):
         return
+    if recipe.federation.min_sites > strategy.buffer:
+        raise RecipeError(
+            f"federation.min_sites is {recipe.federation.min_sites}, but a version of {strategy.name} takes in the "
+            f"updates of {strategy.buffer}",
+            hint="lower min_sites, or use fedbuff with a buffer that is as large",
+        )
     at_once = recipe.federation.cohort.size(num_sites)
     if strategy.buffer > at_once:
         raise RecipeError(

@@ -51,8 +51,8 @@ FEATURES = (
     Feature(
         "runs over a network",
         lambda recipe, network: network,
-        lambda strategy: _is(strategy, "needs") == "sum" and not _is(strategy, "asynchronous"),
-        "a coordinator combines piece by piece, in rounds, and this strategy needs every update at once or no rounds",
+        lambda strategy: _is(strategy, "needs") == "sum",
+        "a coordinator combines piece by piece, and this strategy needs every update at once",
         "Use a strategy with needs = sum, such as fedavg, or carry the recipe out by `commonweight run`",
     ),
     Feature(
@@ -71,9 +71,10 @@ FEATURES = (
     ),
     Feature(
         "runs without a virtual clock",
-        lambda recipe, network: not recipe.federation.clock.runs,
+        lambda recipe, network: not network and not recipe.federation.clock.runs,
         lambda strategy: not _is(strategy, "asynchronous"),
-        "it is asynchronous, and in a simulation only a clock says which site is faster",
+        "it is asynchronous, and in a simulation only a clock says which site is faster (over a network updates count "
+        "in the order in which they really arrive, and no two runs give the same bits)",
         "Give the sites speeds, such as federation.clock: {slowest: 1, fastest: 10}, or use the strategy fedavg",
     ),
     Feature(

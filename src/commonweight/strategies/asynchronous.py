@@ -1,8 +1,8 @@
 """Strategies without rounds: updates arrive when they are ready, some of them made from an older version of the model.
 
-A version takes in `buffer` updates and then becomes the next. The loop (`federation/asynchronous.py`) sets an update's
-weight to `discount(τ)`, where τ is its staleness: by how many versions the model has moved on since the update's site
-started. Notation otherwise as in `base.py`.
+A version takes in `buffer` updates and then becomes the next. The loop (`federation/asynchronous.py` in simulation,
+`coordinator/versions.py` over a network) sets an update's weight to `discount(τ)`, where τ is its staleness: by how
+many versions the model has moved on since its site started. Notation otherwise as in `base.py`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class AsynchronousStrategy(Strategy):
 
     needs = "sum"
     asynchronous = True
+    slot_names: ClassVar[tuple[str, ...]] = ()
 
-    #: what lies by until an update arrives: Δᵢ, or the site's model θᵢ = θ + Δᵢ, θ being the version that it started
-    #: from, which is gone by then
+    #: what is folded: Δᵢ, or the site's model θᵢ = θ + Δᵢ, θ being the version that it started from. In simulation,
+    #: where that version is gone by then, it lies by until the update arrives; over a network the version's frame does
     keeps: ClassVar[Literal["delta", "model"]] = "delta"
 
     @property

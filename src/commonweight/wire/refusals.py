@@ -22,6 +22,7 @@ class Refusal(StrEnum):
     ROUND_CLOSED = "round-closed"
     ENOUGH = "enough"
     REPLAYED = "replayed"
+    STALE = "stale"
     WRONG_BASE = "wrong-base"
     WRONG_SHAPE = "wrong-shape"
     TOO_LARGE = "too-large"
@@ -43,7 +44,8 @@ MEANING: Mapping[Refusal, str] = MappingProxyType(
         Refusal.NOT_INVITED: "the site is not in the round's cohort",
         Refusal.ROUND_CLOSED: "the round has been committed, or its deadline has passed",
         Refusal.ENOUGH: "the round has all the answers that it asked for",
-        Refusal.REPLAYED: "another update of this site counts in this round already",
+        Refusal.REPLAYED: "another update of this site counts in this round already, or lies in this version's buffer",
+        Refusal.STALE: "the work began from a version that lies further back than the strategy's `max_staleness`",
         Refusal.WRONG_BASE: "the work began from other global tensors than the task's",
         Refusal.WRONG_SHAPE: "tensors, channels or chunk size are not the run's; the reason names what differs",
         Refusal.TOO_LARGE: "more bytes, tensors or values than are allowed",
