@@ -26,6 +26,7 @@ from commonweight.federation.messages import Completed, Dropped, Outcome, Task, 
 from commonweight.federation.shelf import FolderShelf
 from commonweight.federation.tally import Sites
 from commonweight.launch import run
+from commonweight.lead.submit import networked
 from commonweight.model.tensors import NamedTensors
 from commonweight.recipe import Recipe
 from commonweight.recipe.compatibility import check_pairings
@@ -443,6 +444,10 @@ FEDASYNC = {
         ),
         ({"clock": {"speeds": [1, 1]}}, "has 2 numbers, but the data has 3 sites"),
         (
+            {"strategy": {"name": "fedbuff", "buffer": 2}, "clock": {"speeds": [1, 1, 1]}, "min_sites": 3},
+            "min_sites is 3, but a version of fedbuff takes in the updates of 2",
+        ),
+        (
             {"strategy": "fedasync", "clock": {"speeds": [1, 1, 1]}, "deadline_s": 9.0},
             "does not go with deadlines, over-selection",
         ),
@@ -457,11 +462,15 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_is_trained
 
 
 @pytest.mark.parametrize("strategy", [{"name": "fedbuff", "buffer": 2}, "fedasync"])
-def test_no_asynchronous_strategy_goes_over_a_network(make_recipe: MakeRecipe, strategy: Any) -> None:
-    recipe = make_recipe(federation={"strategy": strategy, "clock": {"speeds": [1, 1, 1]}})
-    check_pairings(recipe, network=False)
-    with pytest.raises(RecipeError, match=r"does not go with runs over a network: .* or no rounds"):
-        check_pairings(recipe, network=True)
+def test_only_a_simulation_needs_a_clock(make_recipe: MakeRecipe, strategy: Any) -> None:
+    without = make_recipe(federation={"strategy": strategy})
+    check_pairings(without, network=True)
+    with pytest.raises(RecipeError, match=r"does not go with runs without a virtual clock: .* in a simulation only"):
+        check_pairings(without, network=False)
+    with_one = make_recipe(federation={"strategy": strategy, "clock": {"speeds": [1, 1, 1]}})
+    check_pairings(with_one, network=False)
+    with pytest.raises(RecipeError, match=r"over a network sites are as fast as they are"):
+        networked(with_one)
 
 
 def test_a_synchronous_run_with_a_clock_says_how_long_its_rounds_would_take(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from commonweight.federation.folder import RunFolder
 from commonweight.federation.global_model import MemoryModel
 from commonweight.model.tensors import NamedTensors
 from commonweight.registry import names, resolve
+from commonweight.strategies.asynchronous import AsynchronousStrategy
 from commonweight.strategies.base import SumStrategy
 from commonweight.strategies.update import Update
 from commonweight.wire.frames import Channel, Frame, Plan, frame_of, piece_of
@@ -93,6 +95,37 @@ def test_the_same_bits_as_in_memory(name: str, mixed: bool, tmp_path: Path) -> N
         frame = files.open(digest)
         read = torch.cat([frame.tensor(p).double() for p in frame.frame.plan.pieces if p.channel == slot])
         assert torch.equal(read, torch.cat([flat.double() for flat in held.flats.values()]))
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
+@pytest.mark.parametrize("name", ["fedbuff", "fedasync"])
+def test_updates_of_older_versions_give_the_same_bits_as_in_memory(name: str, mixed: bool, tmp_path: Path) -> None:
+    """The second and third version take in an update that was made from the one before their base: FedAsync's needs its
+    frame."""
+    theta, chunk_bytes = tensors(0, mixed=mixed), 1024
+    strategy = cast(AsynchronousStrategy, resolve("strategy", name)())
+    folder = RunFolder(tmp_path / "run", resume=False)
+    memory = MemoryModel(strategy, theta.clone(), folder, lambda theta, path: None)
+    memory.first()
+    files = files_in(tmp_path)
+    initial = files.write({"theta": theta}, Plan(theta.layout, (Channel("theta"),), chunk_bytes))
+    stored = StoredModel(strategy, files, initial.digest)
+    stored.first()
+    thetas, bases = [theta.clone()], [initial.digest]
+    for number in (1, 2, 3):
+        memory.open()
+        stored.open()
+        started = max(0, number - 2)
+        update = Update("north", started + 1, {"delta": tensors(number, mixed=mixed)}, 1.0, 1, 1, 1)
+        kept = strategy.kept(thetas[started], update)
+        weight = strategy.discount(number - 1 - started)
+        memory.fold(replace(kept, weight=weight))
+        in_file = stored_update(tmp_path, "north", weight, dict(update.channels), chunk_bytes, number)
+        stored.fold(replace(in_file, base=bases[started]))
+        memory.close(number)
+        bases.append(stored.close(number)["base"])
+        thetas.append(memory.state.theta.clone())
+        assert stored.digest() == memory.state.theta.digest()
 
 
 def one_round(tmp_path: Path, update: NamedTensors, **changes: Any) -> StoredModel:

@@ -122,7 +122,7 @@ class UploadsPart(Part):
             if other.digest == upload.digest:
                 return other
         if any(other.counts for other in others):
-            raise Refused(Refusal.REPLAYED, f"another update of {upload.site} counts in round {upload.round} already")
+            raise Refused(Refusal.REPLAYED, _replayed(upload))
         if len(others) >= MOST_OFFERS:
             raise Refused(
                 Refusal.TOO_LARGE, f"{upload.site} has offered {len(others)} different updates for round {upload.round}"
@@ -163,6 +163,8 @@ class UploadsPart(Part):
             return upload.verdict
         if run_state in ENDED:
             return _refuse(tx, upload, Refusal.RUN_ENDED, f"run {upload.run!r} is {run_state}")
+        if isinstance(round, Version) and _one_counts(tx, upload):  # perhaps in an earlier version's buffer
+            return _refuse(tx, upload, Refusal.REPLAYED, _replayed(upload))
         answer = Answered(upload.site, upload.round)
         verdict = tell(tx, upload.run, round, answer)
         if not verdict.accepted:
@@ -246,6 +248,16 @@ def _read(tx: Writing, upload_id: str) -> tuple[Upload, str]:
     row = dict(tx.execute(_BY_ID, {"upload": upload_id}).mappings().one())
     run_state = row.pop("run_state")
     return Upload(**row), run_state
+
+
+def _one_counts(tx: Writing, upload: Upload) -> bool:
+    """Whether an update of the same site for the same round counts already."""
+    values = {"run": upload.run, "round": upload.round, "site": upload.site}
+    return any(other.counts for other in _rows(tx.execute(_OF_SITE, values)))
+
+
+def _replayed(upload: Upload) -> str:
+    return f"another update of {upload.site} counts in round {upload.round} already"
 
 
 def _refuse(tx: Writing, upload: Upload, code: Refusal, reason: str) -> Verdict:

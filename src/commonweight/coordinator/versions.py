@@ -117,6 +117,8 @@ class Versions:
                 began = time.monotonic()
                 self.engine.led.check()
                 news.clear()
+                # first the tasks, then the buffer: an update that is accepted in between is in both, never in neither
+                out = self.store.open_training(self.run_id)
                 found = self.store.round_state(self.run_id, number)
                 assert found is not None
                 version = found[0]
@@ -124,7 +126,7 @@ class Versions:
                 self._take(version, arrivals)
                 if version.phase is not Phase.OPEN:
                     return version
-                self._hand_out(version, lr, arrivals)
+                self._hand_out(version, out, lr, arrivals)
                 self._look_at_evaluation()
                 self.flush()
                 took = time.monotonic() - began
@@ -159,13 +161,15 @@ class Versions:
 
     # --- work
 
-    def _hand_out(self, version: Version, lr: float, arrivals: Arrivals) -> None:
+    def _hand_out(self, version: Version, out: Mapping[str, tuple[str, int]], lr: float, arrivals: Arrivals) -> None:
         """Let as many of the sites that attend work as may at once; who, if there are more, the seed decides.
 
         A site whose update lies in the buffer, or whose task failed, is given work again from the next version.
+
+        Args:
+            out: (site, round) of the training tasks that are open, by id.
         """
         self.sites = self.evaluation.sites = self.roster.present()
-        out = self.store.open_training(self.run_id)
         self._hear_of_ended(version, out, arrivals)
         busy = {site for site, _ in out.values()}
         away = self._absences(version.number)
