@@ -103,7 +103,7 @@ class Versions:
         self.store.open_round(self.lease, opened, self.engine.base)
         self.model.open()
         self._evaluate(number - 1)
-        arrivals = Arrivals(Tally(lr=lr, layout=self.model.layout))
+        arrivals = Arrivals(Tally(lr=lr, layout=self.model.layout, sites=self.sites))
         version = self._filled(number, lr, arrivals)
         if version.phase is Phase.ABANDONED:
             self._abandon(version)
