@@ -1,55 +1,97 @@
-"""What robust rules cost, against the plain mean of the same rows in the same process.
+"""What strategies that need individual updates cost, in memory and from a coordinator's files.
 
-    python benchmarks/robust_rules.py [--rows 20] [--columns 5000000] [--f 4] [--threads N] [--repeats 3] [--json]
+    python benchmarks/robust_rules.py [--sites 20] [--pairs 40] [--f 4] [--threads N] [--repeats 1] [--json]
 
-Each rule runs in a process of its own, on the same float32 rows of random numbers (20 × 5 million: 381 MiB), of which f
-stand out. Columns:
+A round of n sites' float32 updates of `--pairs` LoRA pairs (rank 16, 2048 × 2048: 256 KiB each), random numbers, of
+which f stand out. Each strategy runs in processes of its own:
 
-    seconds    the median of the repeats
-    ratio      seconds over those of `rows.mean(0)`, which takes turns with the rule
-    extra MiB  the most memory that the process held during a call, less what it held before: the kernel's own high
-               water mark (VmHWM), which is set back before the call; the vector that is returned is counted (19 MiB)
+    memory s   seconds of `merge` over updates in memory
+    ratio      these over those of the plain mean of the same updates (FedAvg's), which takes turns with it
+    extra MiB  the most memory that the process held meanwhile, less what it held before: the kernel's own high water
+               mark (VmHWM), set back before the call
+    files s    seconds of a coordinator's `StoredModel.close`: the same updates sealed, read in chunks of 4 MiB, and the
+               new global model written, hashed and synced
+    extra MiB  as above: the whole of what the round holds there, for no update is in memory
 
-`norm bound` and `mixing` are the steps in front of a rule, both in place. What a round adds beside is the copy of its
-updates into rows. On a busy machine give --threads 1: threads that wait for each other are what is measured otherwise.
-Linux only.
+What a file-backed round may hold is n chunks and a few; what the updates take together stands above the table. On a
+busy machine give --threads 1: threads that wait for each other are what is measured otherwise. Linux with glibc only.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from commonweight.strategies.robust.bulyan import bulyan
-from commonweight.strategies.robust.centered_clipping import centered_clipping
-from commonweight.strategies.robust.coordinatewise import median, trimmed_mean
-from commonweight.strategies.robust.dnc import dnc
-from commonweight.strategies.robust.geometric_median import geometric_median
-from commonweight.strategies.robust.krum import multi_krum
-from commonweight.strategies.robust.rows import clip_rows_, mix_nearest_
+from commonweight.coordinator.blobs import Blobs
+from commonweight.coordinator.frame_files import FrameFiles
+from commonweight.coordinator.stored_model import StoredModel
+from commonweight.coordinator.stored_updates import StoredUpdate
+from commonweight.coordinator.vault import SealedFile
+from commonweight.model.tensors import Layout, NamedTensors
+from commonweight.registry import resolve
+from commonweight.strategies.side_by_side import InMemory, SideBySideStrategy, one_thread
+from commonweight.strategies.update import Update
+from commonweight.wire.frames import CHUNK_BYTES, Channel, Plan, frame_of, piece_of
 
-RULES: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "norm bound": lambda rows, f: clip_rows_(rows, 1.0),
-    "mixing": mix_nearest_,
-    "median": lambda rows, f: median(rows),
-    "trimmed-mean": trimmed_mean,
-    "geometric-median": lambda rows, f: geometric_median(rows, [1.0] * len(rows)),
-    "krum": lambda rows, f: multi_krum(rows, f, 1),
-    "multi-krum": lambda rows, f: multi_krum(rows, f, len(rows) - f - 2),
-    "centered-clipping": lambda rows, f: centered_clipping(
-        rows, torch.zeros(rows.shape[1]), tau="median", iterations=3
-    ),
-    "bulyan": bulyan,
-    "dnc": lambda rows, f: dnc(rows, f, seed=0),
+#: the options of each, given f
+STRATEGIES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "median": lambda f: {"f": f},
+    "median, mixing": lambda f: {"f": f, "mixing": "nearest"},
+    "trimmed-mean": lambda f: {"f": f},
+    "geometric-median": lambda f: {"f": f},
+    "krum": lambda f: {"f": f},
+    "multi-krum": lambda f: {"f": f},
+    "centered-clipping": lambda f: {"f": f},
+    "bulyan": lambda f: {"f": f},
+    "dnc": lambda f: {"f": f},
+    "flexlora": lambda f: {},
+    "lora-fair": lambda f: {},
 }
+RANK, WIDTH = 16, 2048
+KEY = bytes(range(32))
+
+
+def strategy_of(name: str, f: int) -> SideBySideStrategy:
+    kind = resolve("strategy", name.partition(",")[0])
+    strategy: SideBySideStrategy = kind(kind.Options(**STRATEGIES[name](f)))
+    return strategy
+
+
+def layout_of(num_pairs: int) -> Layout:
+    shapes = {"A": (RANK, WIDTH), "B": (WIDTH, RANK)}
+    names = [(f"{k:04d}.lora_{part}.weight", shape) for k in range(num_pairs) for part, shape in shapes.items()]
+    return Layout.of({name: torch.empty(shape, device="meta") for name, shape in names})
+
+
+def drawn(layout: Layout, seed: int, shift: float = 0.0) -> NamedTensors:
+    made = NamedTensors.empty(layout)
+    for flat in made.flats.values():
+        flat.normal_(generator=torch.Generator().manual_seed(seed)).add_(shift)
+    return made
+
+
+def updates_of(layout: Layout, num_sites: int, f: int) -> list[Update]:
+    return [
+        Update(f"s{i}", 1, {"delta": drawn(layout, i, 3.0 if i < f else 0.0)}, 1.0, 1, 1, 1) for i in range(num_sites)
+    ]
+
+
+def seal(folder: Path, layout: Layout, num_sites: int, f: int) -> None:
+    plan = Plan(layout, (Channel("delta"),))
+    for update in updates_of(layout, num_sites, f):
+        with SealedFile(folder / update.site, KEY, CHUNK_BYTES) as sealed:
+            for piece in plan.pieces:
+                sealed.write(piece.index, piece_of(update.channels, piece))
 
 
 def kib(name: str) -> int:
@@ -58,54 +100,97 @@ def kib(name: str) -> int:
     return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
-def rows_of(num_rows: int, num_columns: int, f: int) -> Tensor:
-    rows = torch.empty(num_rows, num_columns).normal_(generator=torch.Generator().manual_seed(0))
-    rows[:f] += 3
-    return rows
+def measured(work: Callable[[], None]) -> tuple[float, float]:
+    """(seconds, extra MiB) of a call."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left free in the heap would not be counted
+    Path("/proc/self/clear_refs").write_text("5")
+    before, began = kib("VmRSS"), time.perf_counter()
+    work()
+    seconds = time.perf_counter() - began
+    return seconds, (kib("VmHWM") - before) / 1024
 
 
-def measure(name: str, num_rows: int, num_columns: int, f: int, repeats: int, threads: int | None) -> dict[str, float]:
-    """One rule's figures; called in a fresh process. The first turn warms up and is not counted."""
+def plain_mean(table: InMemory) -> None:
+    (flat,) = next(iter(table.updates)).delta.flats.values()
+    total = torch.zeros_like(flat)
+    for update in table.updates:
+        total.add_(*update.delta.flats.values(), alpha=update.weight)
+
+
+def in_memory(name: str, num_sites: int, num_pairs: int, f: int, repeats: int, threads: int | None) -> dict[str, float]:
+    """Called in a fresh process. The first turn warms up and is not counted."""
     if threads:
         torch.set_num_threads(threads)
-    rows = rows_of(num_rows, num_columns, f)
-    times: dict[str, list[float]] = {"mean": [], "rule": []}
-    extra = 0.0
-    for turn in range(repeats + 1):
-        began = time.perf_counter()
-        rows.mean(0)
-        means = time.perf_counter()
-        Path("/proc/self/clear_refs").write_text("5")
-        before = kib("VmRSS")
-        started = time.perf_counter()
-        RULES[name](rows, f)
-        ended = time.perf_counter()
-        extra = max(extra, (kib("VmHWM") - before) / 1024)
-        if turn:
-            times["mean"].append(means - began)
-            times["rule"].append(ended - started)
-    seconds = {row: statistics.median(found) for row, found in times.items()}
-    return {"seconds": seconds["rule"], "ratio": seconds["rule"] / seconds["mean"], "extra_mib": extra}
+    layout, strategy = layout_of(num_pairs), strategy_of(name, f)
+    state = strategy.init(drawn(layout, 999))
+    table = InMemory(state, updates_of(layout, num_sites, f))
+    turns = []
+    for _ in range(repeats + 1):
+        mean_s, _ = measured(lambda: plain_mean(table))
+        with one_thread():
+            turns.append((*measured(lambda: strategy.merge(table)), mean_s))
+    seconds, extra, means = (statistics.median(column) for column in zip(*turns[1:], strict=True))
+    return {"memory_s": seconds, "ratio": seconds / means, "memory_extra_mib": extra}
+
+
+def in_files(
+    name: str, folder: Path, num_sites: int, num_pairs: int, f: int, repeats: int, threads: int | None
+) -> dict[str, float]:
+    """Called in a fresh process. The first turn warms up and is not counted."""
+    if threads:
+        torch.set_num_threads(threads)
+    layout, strategy = layout_of(num_pairs), strategy_of(name, f)
+    plan = Plan(layout, (Channel("delta"),))
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        files = FrameFiles(Blobs(f"{place}/blobs", Path(place) / "cache"), Path(place) / "scratch", "run")
+        initial = files.write({"theta": drawn(layout, 999)}, Plan(layout, (Channel("theta"),)))
+        model = StoredModel(strategy, files, initial.digest)
+        model.first()
+        frame = frame_of({"delta": drawn(layout, 0)}, plan)
+        turns = []
+        for turn in range(repeats + 1):
+            model.open()
+            for i in range(num_sites):
+                path = folder / f"s{i}"
+                model.fold(StoredUpdate(f"s{i}", turn, {}, 1.0, 1, 1, 1, frame=frame, path=path, key=KEY))
+            turns.append(measured(lambda turn=turn: model.close(turn)))  # type: ignore[misc]
+    seconds, extra = (statistics.median(column) for column in zip(*turns[1:], strict=True))
+    return {"files_s": seconds, "files_extra_mib": extra}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=20, help="updates in the round, n")
-    parser.add_argument("--columns", type=int, default=5_000_000, help="values of an update, d")
-    parser.add_argument("--f", type=int, default=4, help="how many of them stand out; at most (n − 3) / 4, for Bulyan")
+    parser.add_argument("--sites", type=int, default=20, help="updates in the round, n")
+    parser.add_argument("--pairs", type=int, default=40, help="LoRA pairs of an update, 256 KiB each")
+    parser.add_argument("--f", type=int, default=4, help="how many sites stand out; at most (n − 3) / 4, for Bulyan")
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
-    parser.add_argument("--repeats", type=int, default=3, help="counted calls of each rule")
+    parser.add_argument("--repeats", type=int, default=1, help="counted calls of each strategy")
+    parser.add_argument("--only", action="append", choices=list(STRATEGIES), help="this strategy; may be repeated")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     args = parser.parse_args()
-    size = args.rows * args.columns * 4 / 2**20
-    print(f"{args.rows} rows of {args.columns:,} float32 values ({size:,.0f} MiB), f = {args.f}")
-    print(f"{'':<20}{'seconds':>9}{'ratio':>8}{'extra MiB':>11}")
+    layout = layout_of(args.pairs)
+    size, chunks = layout.num_bytes / 2**20, args.sites * min(CHUNK_BYTES, layout.num_bytes) / 2**20
+    print(
+        f"{args.sites} updates of {size:,.0f} MiB: {args.sites * size:,.0f} MiB together; a chunk of each: "
+        f"{chunks:,.0f} MiB; f = {args.f}"
+    )
+    print(f"{'':<20}{'memory s':>9}{'ratio':>8}{'extra MiB':>11}{'files s':>9}{'extra MiB':>11}")
     figures: dict[str, float] = {}
-    for name in RULES:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found = pool.apply(measure, (name, args.rows, args.columns, args.f, args.repeats, args.threads))
-        print(f"{name:<20}{found['seconds']:>9.2f}{found['ratio']:>8.1f}{found['extra_mib']:>11,.0f}", flush=True)
-        figures |= {f"{name.replace(' ', '_').replace('-', '_')}_{key}": round(v, 3) for key, v in found.items()}
+    with tempfile.TemporaryDirectory() as place:
+        seal(Path(place), layout, args.sites, args.f)
+        how = (args.sites, args.pairs, args.f, args.repeats, args.threads)
+        for name in args.only or STRATEGIES:
+            found: dict[str, float] = {}
+            for work, what in ((in_memory, (name, *how)), (in_files, (name, Path(place), *how))):
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    found |= pool.apply(work, what)
+            print(
+                f"{name:<20}{found['memory_s']:>9.2f}{found['ratio']:>8.1f}{found['memory_extra_mib']:>11,.0f}"
+                f"{found['files_s']:>9.2f}{found['files_extra_mib']:>11,.0f}",
+                flush=True,
+            )
+            key = name.replace(", ", "_").replace("-", "_")
+            figures |= {f"{key}_{figure}": round(value, 3) for figure, value in found.items()}
     if args.json:
         print(json.dumps(figures))
 

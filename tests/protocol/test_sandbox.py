@@ -29,14 +29,16 @@ EVALUATION = {"controls": ["base"], "samples": 1, "max_new_tokens": 4}
 
 
 def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """FedAvg; SCAFFOLD, with private state at the sites; a cohort that is a part of the sites; and LoRA's halves frozen
-    for good (the frozen one is never sent) or in turn."""
+    """FedAvg; SCAFFOLD, with private state at the sites; a cohort that is a part of the sites; LoRA's halves frozen for
+    good (the frozen one is never sent) or in turn; and strategies that need each update by itself."""
     variants: dict[str, dict[str, Any]] = {
         "fedavg": {},
         "scaffold": {"strategy": "scaffold"},
         "partial": {"cohort": 2, "strategy": "fedadam"},
         "ffa-lora": {"strategy": "ffa-lora"},
         "rolora": {"strategy": "rolora"},
+        "centered-clipping": {"strategy": {"name": "centered-clipping", "f": 1, "mixing": "nearest"}},
+        "flexlora": {"strategy": "flexlora"},
     }
     recipes = {name: make_recipe(name=name, federation=f, evaluation=EVALUATION) for name, f in variants.items()}
     recipe, names, left_out = partitioned(recipes["fedavg"], 3)

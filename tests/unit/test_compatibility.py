@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,9 @@ from commonweight.errors import RecipeError
 from commonweight.recipe import Recipe
 from commonweight.recipe.compatibility import FEATURES, check_pairings, pairings
 from commonweight.recipe.methods import catalogue, methods_markdown
+from commonweight.strategies.base import NoOptions, ServerState
+from commonweight.strategies.individuals import IndividualsStrategy
+from commonweight.strategies.update import Update
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -84,7 +87,8 @@ def test_a_cell_says_what_a_recipe_meets(strategy: str, feature: Any) -> None:
     with pytest.raises(RecipeError) as refused:
         check_pairings(recipe, network=network)
     assert refused.value.message == (
-        f"federation.strategy {strategy!r} does not go with {feature.name}: {feature.because}"
+        f"federation.strategy {strategy!r} does not go with {feature.name}: "
+        + feature.reason(registry.resolve("strategy", strategy))
     )
     assert refused.value.hint == feature.instead
     assert word in feature.instead
@@ -104,6 +108,45 @@ def test_methods_and_their_page_show_the_table() -> None:
     answers = ("no" if "shapes" in feature.name else "yes" for feature in FEATURES)
     assert f"| `fedavg` | {' | '.join(answers)} |" in page
     for feature in FEATURES:
-        assert f"- *{feature.name}*, where it says no: {feature.because}. {feature.instead}." in page
+        (line,) = (line for line in page.splitlines() if line.startswith(f"- *{feature.name}*, where it says no: "))
+        assert line.endswith(f". {feature.instead}.")
+        for name, row in rows.items():
+            assert row[feature.name] or feature.reason(registry.resolve("strategy", name)) in line
     for name, row in rows.items():
         assert f"| `{name}` | {' | '.join('yes' if row[f.name] else 'no' for f in FEATURES)} |" in page
+
+
+@pytest.mark.parametrize(
+    ("strategy", "reason"),
+    [
+        ("q-fedavg", "it weighs sites by the loss that they start from, which does not leave a networked site"),
+        (f"{__name__}:Whole", "a coordinator combines from files, and this strategy takes its updates whole"),
+        (f"{__name__}:Unrelated", "it does not say that a coordinator can run it"),
+    ],
+)
+def test_why_a_coordinator_does_not_run_it(strategy: str, reason: str) -> None:
+    recipe = Recipe.model_validate(plain(strategy))
+    with pytest.raises(RecipeError) as refused:
+        check_pairings(recipe, network=True)
+    assert refused.value.message == f"federation.strategy {strategy!r} does not go with runs over a network: {reason}"
+    check_pairings(recipe, network=False)
+
+
+@pytest.mark.parametrize("strategy", ["median", "bulyan", "centered-clipping", "flexlora", "lora-fair"])
+def test_a_coordinator_runs_strategies_that_take_updates_a_stretch_at_a_time(strategy: str) -> None:
+    check_pairings(Recipe.model_validate(plain(strategy)), network=True)
+
+
+class Whole(IndividualsStrategy):
+    """Somebody's own, written before a coordinator could run any of its kind."""
+
+    name, source, rule = "whole", "", ""
+
+    def combine(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
+        return state
+
+
+class Unrelated:
+    """A class that inherits nothing."""
+
+    name, needs, source, rule, Options = "unrelated", "sum", "", "", NoOptions

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from commonweight.coordinator.blobs import Blobs
 from commonweight.coordinator.frame_files import FrameFiles
-from commonweight.coordinator.stored_model import StoredModel, StoredUpdate
+from commonweight.coordinator.stored_model import StoredModel
+from commonweight.coordinator.stored_updates import StoredUpdate
 from commonweight.coordinator.vault import SealedFile
 from commonweight.engines.bench import Bench, build_bench
 from commonweight.engines.handshake import handshake

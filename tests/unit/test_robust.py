@@ -23,15 +23,23 @@ from commonweight.model.tensors import Layout, NamedTensors
 from commonweight.recipe.load import check_methods
 from commonweight.recipe.schema import Recipe
 from commonweight.seeding import derive_seed
+from commonweight.strategies import side_by_side
 from commonweight.strategies.base import ServerState
+from commonweight.strategies.robust import bulyan as bulyan_file
+from commonweight.strategies.robust import centered_clipping as clipping_file
+from commonweight.strategies.robust import coordinatewise
+from commonweight.strategies.robust import dnc as dnc_file
+from commonweight.strategies.robust import geometric_median as geometric_file
+from commonweight.strategies.robust import krum as krum_file
 from commonweight.strategies.robust import rows as shared
-from commonweight.strategies.robust.bulyan import Bulyan, bulyan
-from commonweight.strategies.robust.centered_clipping import CenteredClipping, centered_clipping
-from commonweight.strategies.robust.coordinatewise import Median, TrimmedMean, median, trimmed_mean
-from commonweight.strategies.robust.dnc import DnC, dnc
-from commonweight.strategies.robust.geometric_median import GeometricMedian, geometric_median
-from commonweight.strategies.robust.krum import Krum, MultiKrum, multi_krum
-from commonweight.strategies.robust.strategy import RobustStrategy
+from commonweight.strategies.robust.bulyan import Bulyan
+from commonweight.strategies.robust.centered_clipping import CenteredClipping
+from commonweight.strategies.robust.coordinatewise import Median, TrimmedMean
+from commonweight.strategies.robust.dnc import DnC
+from commonweight.strategies.robust.geometric_median import GeometricMedian
+from commonweight.strategies.robust.krum import Krum, MultiKrum
+from commonweight.strategies.robust.strategy import Combine, RobustStrategy
+from commonweight.strategies.side_by_side import InMemory
 from commonweight.strategies.update import Update
 
 Array = NDArray[np.float64]
@@ -58,7 +66,99 @@ def near(found: Tensor, expected: Array, rtol: float = 1e-6) -> None:
 @pytest.fixture(autouse=True)
 def _short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several stretches of columns in each test, the last one shorter."""
-    monkeypatch.setattr(shared, "_ELEMENTS", 500)
+    monkeypatch.setattr(side_by_side, "_ELEMENTS", 500)
+
+
+# the rules as strategies apply them: planned from one pass over the rows, then a stretch of columns at a time
+
+
+def applied(
+    rows: Tensor, plan: Callable[[shared.Survey], Combine], *, center: Tensor | None = None, columns: Any = ()
+) -> Tensor:
+    """What a plan makes of rows, n × d, and of the center, which is one more row: (d,), in the rows' dtype."""
+    table, slots = table_of(rows, center)
+    combine = plan(shared.survey(table, slots, columns=columns))
+    return torch.cat([combine(part) for _, part in shared.all_rows(table, slots)]).to(rows.dtype)
+
+
+def table_of(rows: Tensor, center: Tensor | None = None) -> tuple[InMemory, list[str]]:
+    theta = NamedTensors.of({"x": torch.zeros_like(rows[0])})
+    slots = {} if center is None else {"center": NamedTensors.of({"x": center})}
+    updates = [Update(str(i), 1, {"delta": NamedTensors.of({"x": row})}, 1.0, 1, 1, 1) for i, row in enumerate(rows)]
+    return InMemory(ServerState(theta, slots), updates), list(slots)
+
+
+def inner_products(rows: Tensor, *, pairwise: bool = True) -> Tensor:
+    return shared.survey(table_of(rows)[0], pairwise=pairwise).products
+
+
+def norms(rows: Tensor) -> Tensor:
+    return inner_products(rows, pairwise=False).diagonal().sqrt()
+
+
+def prepared(rows: Tensor, how: shared.Prepared) -> Tensor:
+    """The rows after it, whose inner products must be those that it foretells."""
+    found = how.rows(rows.double())
+    torch.testing.assert_close(how.products(inner_products(rows)), found @ found.T, rtol=1e-9, atol=1e-9)
+    return found.to(rows.dtype)
+
+
+def mixed_with_nearest(rows: Tensor, f: int) -> Tensor:
+    nearest = shared.nearest_rows(inner_products(rows), f)
+    return prepared(rows, shared.Prepared(torch.ones(len(rows), dtype=torch.float64), nearest))
+
+
+def clipped(rows: Tensor, bound: float) -> Tensor:
+    return prepared(rows, shared.Prepared(shared.scales_within(inner_products(rows), bound)))
+
+
+def median(rows: Tensor) -> Tensor:
+    return applied(rows, lambda seen: coordinatewise.median)
+
+
+def trimmed_mean(rows: Tensor, f: int) -> Tensor:
+    return applied(rows, lambda seen: lambda part: coordinatewise.trimmed_mean(part, f))
+
+
+def geometric_median(rows: Tensor, weights: Sequence[float], **options: Any) -> Tensor:
+    def plan(seen: shared.Survey) -> Combine:
+        coefficients = geometric_file.geometric_median(seen.products, weights, **options)
+        return lambda part: coefficients @ part
+
+    return applied(rows, plan)
+
+
+def multi_krum(rows: Tensor, f: int, m: int) -> Tensor:
+    def plan(seen: shared.Survey) -> Combine:
+        chosen = krum_file.multi_krum(seen.products, f, m)
+        return lambda part: shared.mean_of(part, chosen)
+
+    return applied(rows, plan)
+
+
+def centered_clipping(rows: Tensor, center: Tensor, **options: Any) -> Tensor:
+    def plan(seen: shared.Survey) -> Combine:
+        coefficients = clipping_file.centered_clipping(seen.products, **options)
+        return lambda part: coefficients @ part
+
+    return applied(rows, plan, center=center)
+
+
+def bulyan(rows: Tensor, f: int) -> Tensor:
+    def plan(seen: shared.Survey) -> Combine:
+        chosen = bulyan_file.bulyan_choice(seen.products, f)
+        return lambda part: bulyan_file.mean_near_median(part[chosen], len(rows) - 4 * f)
+
+    return applied(rows, plan)
+
+
+def dnc(rows: Tensor, f: int, *, seed: int, c: float = 1.0, num_columns: int = 10_000, iterations: int = 5) -> Tensor:
+    def plan(seen: shared.Survey) -> Combine:
+        kept = dnc_file.dnc(seen.samples, f, c=c)
+        return lambda part: shared.mean_of(part, kept)
+
+    drawn_columns = dnc_file.draw_columns(rows.shape[1], seed=seed, size=num_columns, iterations=iterations)
+    return applied(rows, plan, columns=drawn_columns)
 
 
 # the rules, each from its formula, in float64
@@ -226,13 +326,13 @@ def test_bulyan_keeps_the_smaller_of_two_values_equally_near() -> None:
 @pytest.mark.parametrize(("n", "f"), [(1, 0), (5, 0), (5, 1), (11, 2), (11, 10)])
 def test_mixing_against_numpy(n: int, f: int) -> None:
     rows = drawn(n)
-    near(shared.mix_nearest_(rows.clone(), f).flatten(), numpy_nearest_mixing(rows.double().numpy(), f).ravel(), 1e-7)
+    near(mixed_with_nearest(rows, f).flatten(), numpy_nearest_mixing(rows.double().numpy(), f).ravel(), 1e-7)
 
 
 def test_mixing_nothing_away_gives_the_mean_everywhere() -> None:
     rows = drawn()
-    mixed = shared.mix_nearest_(rows.clone(), 0)
-    assert torch.equal(mixed, shared.mean_of(rows).expand_as(mixed))
+    mixed = mixed_with_nearest(rows, 0)
+    assert torch.equal(mixed, shared.mean_of(rows.double()).float().expand_as(mixed))
 
 
 @pytest.mark.parametrize("c", [0.5, 1.0, 1.5])
@@ -272,22 +372,21 @@ def test_clipping_against_numpy(bound: float) -> None:
     rows = hostile()
     x = rows.double().numpy().copy()
     lengths = np.linalg.norm(x, axis=1)
-    np.testing.assert_allclose(shared.norms(rows).numpy(), lengths, rtol=1e-12)
+    np.testing.assert_allclose(norms(rows).numpy(), lengths, rtol=1e-12)
     expected = x * np.minimum(1, bound / lengths)[:, None]
-    short = lengths <= bound
-    before = rows.clone()
-    shared.clip_rows_(rows, bound)
-    np.testing.assert_allclose(rows.double().numpy(), expected, rtol=3e-7)
-    assert torch.equal(rows[torch.tensor(short)], before[torch.tensor(short)])
+    short = torch.tensor(lengths <= bound)
+    found = clipped(rows, bound)
+    np.testing.assert_allclose(found.double().numpy(), expected, rtol=3e-7)
+    assert torch.equal(found[short], rows[short])
 
 
 def test_a_row_of_zeros_is_clipped_to_zeros() -> None:
-    assert not shared.clip_rows_(torch.zeros(2, 3), 0.0).any()
+    assert not clipped(torch.zeros(2, 3), 0.0).any()
 
 
 def test_distances_against_numpy_beside_a_huge_row() -> None:
     rows = hostile(f=1, value=1e30)
-    found = shared.squared_distances(shared.inner_products(rows)).numpy()
+    found = shared.squared_distances(inner_products(rows)).numpy()
     x = rows.double().numpy()
     expected = ((x[:, None] - x) ** 2).sum(2)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=0)
@@ -296,7 +395,7 @@ def test_distances_against_numpy_beside_a_huge_row() -> None:
 def test_equal_rows_are_at_distance_nought() -> None:
     rows = drawn()
     rows[7] = rows[2]
-    distances = shared.squared_distances(shared.inner_products(rows))
+    distances = shared.squared_distances(inner_products(rows))
     assert (distances == 0).nonzero().tolist() == sorted([[i, i] for i in range(N)] + [[2, 7], [7, 2]])
 
 
@@ -340,7 +439,7 @@ def test_the_rows_are_left_as_they_were(rule: Callable[[Tensor], Tensor], dtype:
     rows = hostile().to(dtype)
     before = rows.clone()
     assert rule(rows).dtype == dtype
-    shared.norms(rows)
+    norms(rows)
     assert torch.equal(rows, before)
 
 
@@ -386,8 +485,8 @@ def test_with_nobody_hostile_the_selecting_rules_are_the_mean_of_what_they_selec
         (lambda: bulyan(drawn(10), -1), "f = -1"),
         (lambda: dnc(drawn(4), 4, seed=0), "would drop 4"),
         (lambda: dnc(drawn(4), 2, c=2.0, seed=0), "would drop 4"),
-        (lambda: shared.mix_nearest_(drawn(4), 4), "f = 4 of 4"),
-        (lambda: shared.mix_nearest_(drawn(4), -1), "f = -1"),
+        (lambda: mixed_with_nearest(drawn(4), 4), "f = 4 of 4"),
+        (lambda: mixed_with_nearest(drawn(4), -1), "f = -1"),
     ],
 )
 def test_a_rule_refuses_too_few_rows(call: Callable[[], Tensor], words: str) -> None:
@@ -553,12 +652,29 @@ def test_an_absolute_norm_bound_holds_whatever_is_sent() -> None:
     assert float(state.theta["w"].norm()) == pytest.approx(0.25, rel=1e-6)
 
 
+@each_case
+@pytest.mark.parametrize("mixing", ["none", "nearest"])
+def test_a_row_whose_square_overflows_becomes_nothing(
+    kind: type[RobustStrategy], options: dict[str, Any], rule: NumpyRule, mixing: str
+) -> None:
+    """A row longer than float64's largest number has squared length infinity, and any bound over it is 0."""
+    strategy = kind(kind.Options(**{"f": 2, **options, "mixing": mixing}))
+    start = NamedTensors.of({"w": torch.zeros(9, dtype=torch.float64)})
+    rows = drawn(8, 9, dtype=torch.float64)
+    rows[3] = 1e200
+    cohort = [update_of(NamedTensors.of({"w": row})) for row in rows]
+    found = play(strategy, strategy.init(start.clone()), [cohort]).theta["w"]
+    assert float(found.norm()) < float(rows[[0, 1, 2, 4, 5, 6, 7]].norm(dim=1).max())
+
+
 def test_dnc_draws_other_columns_in_another_round() -> None:
-    strategy = DnC(DnC.Options(f=3, num_columns=2, iterations=1, seed=4))
-    rows = drawn(9)
-    state = ServerState(NamedTensors.of({"w": torch.zeros(D)}))
-    delta = NamedTensors.of({"w": torch.zeros(D)})
-    found = [strategy.aggregate(rows, state, [update_of(delta, round=number)]) for number in range(1, 9)]
+    strategy = DnC(DnC.Options(f=3, num_columns=2, iterations=1, seed=4, norm_multiple=1e9))
+    rows = drawn(9, dtype=torch.float64)
+    start = NamedTensors.of({"x": torch.zeros(D, dtype=torch.float64)})
+    found = []
+    for number in range(1, 9):
+        cohort = [update_of(NamedTensors.of({"x": row}), round=number) for row in rows]
+        found.append(play(strategy, strategy.init(start.clone()), [cohort]).theta["x"])
     assert len({tuple(row.tolist()) for row in found}) > 1
     expected = dnc(rows, 3, seed=derive_seed(4, "dnc", 8), num_columns=2, iterations=1)
     assert torch.equal(found[-1], expected)
@@ -730,7 +846,7 @@ def test_rules_against_byzfl(byzfl: Any, n: int, f: int) -> None:
         rows = drawn(n, 300, seed=seed)
         rows[1 : 1 + f] = -3 * rows[1 : 1 + f] + 5
         x = rows.double().numpy()
-        mixed = shared.mix_nearest_(rows.clone(), f)
+        mixed = mixed_with_nearest(rows, f)
         converged = geometric_median(rows, [1.0] * n, max_iterations=3000, tolerance=0)
         near(median(rows), byzfl.Median()(x), 1e-5)
         near(trimmed_mean(rows, f), byzfl.TrMean(f)(x), 1e-5)
@@ -742,4 +858,4 @@ def test_rules_against_byzfl(byzfl: Any, n: int, f: int) -> None:
         clipped = byzfl.CenteredClipping(L=3, tau=4.0)(x)
         near(centered_clipping(rows, torch.zeros(300), tau=4.0, iterations=3), clipped, 1e-5)
         bound = 1.1 * float(np.median(np.linalg.norm(x, axis=1)))
-        near(shared.clip_rows_(rows, bound).flatten(), byzfl.Clipping(bound)(x.copy()).ravel(), 1e-5)
+        near(clipped(rows, bound).flatten(), byzfl.Clipping(bound)(x.copy()).ravel(), 1e-5)

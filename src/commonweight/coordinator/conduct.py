@@ -23,14 +23,13 @@ from ..federation.record import Record
 from ..federation.run import FederatedRun
 from ..federation.tally import Sites
 from ..strategies.asynchronous import AsynchronousStrategy
-from ..strategies.base import SumStrategy
 from ..strategies.update import Update
 from .context import Context
 from .engine import Cancelled, Led, NetworkEngine, Stopped
 from .plans import RunPlan
 from .roster import Roster
 from .store import LeaseLost, StoreJournal
-from .stored_model import StoredModel
+from .stored_model import Combining, StoredModel
 from .versions import Versions
 
 #: events wait at most this long in memory before others can read them
@@ -200,7 +199,8 @@ class Conductor:
             roster.gather()
         first = roster.sites(journal.last_round() + 1)
         events.emit("loaded", sites=list(first.names)[:100], num_sites=len(first.names), layout="", seconds=0.0)
-        strategy = cast(SumStrategy | AsynchronousStrategy, plan.strategy(len(first.names)))
+        strategy = cast(Combining, plan.strategy(len(first.names)))
+        strategy.check(recipe.federation.cohort.size(len(first.names)))
         model = StoredModel(strategy, here.files(self.run_id), plan.initial.digest)
         trainable = sum(plan.layout.numels.values())
         events.emit(

@@ -38,7 +38,7 @@ from .plans import RunPlan
 from .presence import Presence
 from .receive import weight_of
 from .store import Lease, Store, TaskRow, Upload
-from .stored_model import StoredUpdate
+from .stored_updates import StoredUpdate
 from .tasks import OPEN
 from .vault import Vault
 

@@ -17,7 +17,7 @@ import torch
 
 from ..errors import StateError
 from ..federation.folder import storage_errors
-from ..model.tensors import NamedTensors
+from ..model.tensors import NamedTensors, bytes_of
 from ..wire.frames import Frame, Piece, Plan, chunk_digest, parse_header, piece_of
 from .blobs import Blobs
 from .spares import Spares
@@ -31,6 +31,12 @@ SPARE = "frames"
 def piece_offsets(plan: Plan) -> list[int]:
     """Where each chunk begins in a body that lies in one piece."""
     return [0, *accumulate(piece.num_bytes for piece in plan.pieces)]
+
+
+def element_offset(plan: Plan, offsets: list[int], channel: str, dtype: torch.dtype, start: int) -> int:
+    """Where an element of a flat lies in such a body; the next ones follow it, from chunk to chunk."""
+    (piece,) = plan.pieces.over(channel, dtype, start, start + 1)
+    return offsets[piece.index] + (start - piece.start) * piece.held.itemsize
 
 
 class StoredFrame:
@@ -64,8 +70,19 @@ class StoredFrame:
         self.read_into(piece, memoryview(out.view(torch.uint8).numpy()))  # type: ignore[arg-type]  # an array is a buffer
         return out
 
+    def elements(self, channel: str, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
+        """Elements of one flat, whichever chunks they are in, as a 1-D tensor that may be written to."""
+        plan = self.frame.plan
+        out = torch.empty(stop - start, dtype=plan.held_as(channel, dtype))
+        into = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
+        self._read(into, element_offset(plan, self._offsets, channel, dtype, start))
+        return out
+
     def read_into(self, piece: Piece, out: memoryview) -> None:
-        if os.preadv(self._fd, [out], self._offsets[piece.index]) != piece.num_bytes:
+        self._read(out, self._offsets[piece.index])
+
+    def _read(self, out: memoryview, offset: int) -> None:
+        if os.preadv(self._fd, [out], offset) != out.nbytes:
             raise StateError(f"{self.path} is damaged: it ends early", hint="restore the blob store from a copy")
 
 
@@ -75,6 +92,7 @@ class FrameWriter:
     def __init__(self, files: FrameFiles, plan: Plan) -> None:
         self.files, self.plan = files, plan
         self._digests: list[bytes] = [b""] * len(plan.pieces)
+        self._changed: set[int] = set()
         self._offsets = piece_offsets(plan)
         with storage_errors(files.scratch):
             files.scratch.mkdir(parents=True, exist_ok=True)
@@ -87,13 +105,33 @@ class FrameWriter:
     def write(self, index: int, data: memoryview) -> None:
         """One chunk's bytes, hashed as they are written."""
         self._digests[index] = chunk_digest(data)
+        self._write(data, self._offsets[index])
+
+    def copy(self, frame: StoredFrame) -> None:
+        """Begin with the chunks of a frame of the same plan."""
+        assert frame.frame.plan == self.plan
+        for piece in self.plan.pieces:
+            self._write(memoryview(frame.chunk(piece.index)), self._offsets[piece.index])
+        self._digests = list(frame.frame.digests)
+
+    def put(self, channel: str, dtype: torch.dtype, start: int, values: torch.Tensor) -> None:
+        """Elements of one flat over those that are there. Their chunks are hashed when all is written."""
+        for piece in self.plan.pieces.over(channel, dtype, start, start + values.numel()):
+            self._changed.add(piece.index)
+        self._write(bytes_of(values), element_offset(self.plan, self._offsets, channel, dtype, start))
+
+    def _write(self, data: memoryview, offset: int) -> None:
         with storage_errors(self.path):
-            written = os.pwrite(self._fd, data, self._offsets[index])
+            written = os.pwrite(self._fd, data, offset)
             while written < len(data):
-                written += os.pwrite(self._fd, data[written:], self._offsets[index] + written)
+                written += os.pwrite(self._fd, data[written:], offset + written)
 
     def finish(self) -> Frame:
         """Store the frame under its digest, on disk when this returns."""
+        for index in sorted(self._changed):
+            with storage_errors(self.path):
+                chunk = os.pread(self._fd, self.plan.pieces[index].num_bytes, self._offsets[index])
+            self._digests[index] = chunk_digest(chunk)
         assert all(self._digests), "a chunk was not written"
         frame = Frame(self.plan, tuple(self._digests))
         with storage_errors(self.path):

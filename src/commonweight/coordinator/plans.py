@@ -13,13 +13,13 @@ from ..model.tensors import Layout
 from ..recipe.load import check_methods, parse_recipe
 from ..recipe.schema import Recipe
 from ..registry import built_in, is_listed, resolve
-from ..strategies.asynchronous import AsynchronousStrategy
-from ..strategies.base import Strategy, SumStrategy
+from ..strategies.base import Strategy
 from ..wire.frames import Channel, Frame, parse_header
 from ..wire.messages import MAX_SITES
 from ..wire.protocol_pb2 import Job
 from ..wire.refusals import Refusal, Refused
 from .store import Store
+from .stored_model import Combining
 
 #: plans that are kept; a job's header may have megabytes
 _KEPT = 256
@@ -53,11 +53,12 @@ class RunPlan:
         strategy = plan.strategy(1)
         # of a run that is open to every site nobody knows how many there will be
         check_asynchronous(recipe, strategy, len(job.sites) or MAX_SITES)
-        if not isinstance(strategy, SumStrategy | AsynchronousStrategy):
+        if not isinstance(strategy, Combining):
             raise RecipeError(
-                f"federation.strategy {name!r} is neither a SumStrategy nor an AsynchronousStrategy, and a "
-                "coordinator, which combines piece by piece, runs no other",
-                hint="write it as a subclass of commonweight.strategies.base.SumStrategy",
+                f"federation.strategy {name!r} is none of the kinds that a coordinator, which combines from files, can "
+                "run",
+                hint="write it as a subclass of commonweight.strategies.base.SumStrategy, or of "
+                "commonweight.strategies.side_by_side.SideBySideStrategy",
             )
         return plan
 

@@ -1,9 +1,11 @@
-"""The global model of a networked run: files, combined piece by piece, so that memory is O(chunk).
+"""The global model of a networked run: files, combined piece by piece.
 
 Everything that a strategy with `needs = "sum"` does is done element by element, so it may be done to one stretch of
 elements after the other: each piece of θ and of the slots is read, the same piece of every update is folded into it in
 order (the cohort's, or in an asynchronous run that of acceptance), the strategy's step is taken, and the result is
-written and hashed. The bits are those of doing it to the whole (`tests/unit/test_stored_model.py` compares them).
+written and hashed: memory is O(chunk). A strategy that needs individual updates reads them side by side as it likes
+(`stored_updates.py`): O(cohort × chunk). The bits are those of doing it in memory (`tests/unit/test_stored_model.py`
+compares them).
 
     base   the frame that sites start from: channel `theta`, and the slots that the strategy broadcasts
     slots  the frame of the other slots, which stay here
@@ -12,45 +14,27 @@ written and hashed. The bits are those of doing it to the whole (`tests/unit/tes
 from __future__ import annotations
 
 import hashlib
-import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ..errors import StateError
 from ..federation.messages import Engine
 from ..model.tensors import Entry, Layout, NamedTensors, bytes_of
 from ..strategies.asynchronous import AsynchronousStrategy
 from ..strategies.base import ServerState, SumStrategy
+from ..strategies.side_by_side import SideBySideStrategy, one_thread
 from ..strategies.update import Update
-from ..wire.frames import Channel, Frame, Piece, Plan
+from ..wire.frames import Channel, Piece, Plan
 from .frame_files import FrameFiles, FrameWriter, StoredFrame
+from .stored_updates import WORKERS, InFiles, StoredUpdate
 from .vault import SealedFile
 
-#: pieces in hand at once: enough to keep reading, hashing and adding busy, few enough to stay small
-_WORKERS = 2
-
-
-@dataclass(frozen=True)
-class StoredUpdate(Update):
-    """An accepted update whose tensors are in a sealed file; `channels` is empty.
-
-    Args:
-        frame: where each chunk belongs.
-        path, key: the file.
-        base: the digest of the frame that its site started from.
-    """
-
-    frame: Frame | None = None
-    path: Path | None = None
-    key: bytes = b""
-    base: str = ""
+#: strategies that can be carried out on files
+Combining = SumStrategy | AsynchronousStrategy | SideBySideStrategy
 
 
 class _Announcing(Protocol):
@@ -66,7 +50,7 @@ class StoredModel:
         initial: the digest of the frame with the initial θ.
     """
 
-    def __init__(self, strategy: SumStrategy | AsynchronousStrategy, files: FrameFiles, initial: str) -> None:
+    def __init__(self, strategy: Combining, files: FrameFiles, initial: str) -> None:
         self.strategy, self.files, self.initial = strategy, files, initial
         plan = files.open(initial).frame.plan
         slots = strategy.slot_names
@@ -88,6 +72,7 @@ class StoredModel:
         return self._layout
 
     def first(self) -> dict[str, Any]:
+        self.strategy.validate(self._layout)
         if not self.strategy.slot_names:
             return self.record()
         base = self.files.open(self.initial)
@@ -152,37 +137,39 @@ class StoredModel:
         self, base: StoredFrame, slots: StoredFrame | None, new_base: FrameWriter, new_slots: FrameWriter | None
     ) -> None:
         places = _Places(base, slots, new_base, new_slots)
-        sealed = [
-            SealedFile(u.path, u.key, u.frame.plan.chunk_bytes, writable=False)
-            for u in self._updates
-            if u.path and u.frame
-        ]
+        if isinstance(self.strategy, SideBySideStrategy):
+            with InFiles(self._layout, self._updates, places.frames) as table, one_thread():
+                self.strategy.merge(table)
+            return
+        strategy, sealed = self.strategy, [update.open() for update in self._updates]
         pieces = [piece for piece in self.base_plan.pieces if piece.channel == "theta"]
         try:
             if len(pieces) == 1:
-                self._step(pieces[0], places, sealed)
+                self._step(strategy, pieces[0], places, sealed)
                 return
-            with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
-                for _ in pool.map(lambda piece: self._step(piece, places, sealed), pieces):
+            with ThreadPoolExecutor(WORKERS) as pool:
+                for _ in pool.map(lambda piece: self._step(strategy, piece, places, sealed), pieces):
                     pass
         finally:
             for file in sealed:
                 file.close()
 
-    def _step(self, piece: Piece, places: _Places, sealed: list[SealedFile]) -> None:
+    def _step(
+        self, strategy: SumStrategy | AsynchronousStrategy, piece: Piece, places: _Places, sealed: list[SealedFile]
+    ) -> None:
         """The strategy's whole round, on one stretch of elements."""
         layout = self._layout_of(piece)
         theta = places.base.tensor(piece)
-        slots = {name: places.read(name, piece) for name in self.strategy.slot_names}
+        slots = {name: places.read(name, piece) for name in strategy.slot_names}
         state = ServerState(
             NamedTensors(layout, {piece.dtype: theta}),
             {name: NamedTensors(layout, {piece.dtype: values}) for name, values in slots.items()},
         )
         if piece.dtype.is_floating_point:
-            fold = self.strategy.open(state)
+            fold = strategy.open(state)
             for update, file in zip(self._updates, sealed, strict=True):
                 fold.add(self._kept(update, _stretch(update, file, piece, layout), piece))
-            state = self.strategy.close(state, fold)
+            state = strategy.close(state, fold)
         places.put(piece, state)
 
     def _kept(self, update: StoredUpdate, stretch: Update, piece: Piece) -> Update:
@@ -222,29 +209,17 @@ class _Places:
         self, base: StoredFrame, slots: StoredFrame | None, new_base: FrameWriter, new_slots: FrameWriter | None
     ) -> None:
         self.base = base
-        self._read: dict[str, StoredFrame] = {}
-        self._write: dict[str, FrameWriter] = {}
-        self._pieces: dict[tuple[str, torch.dtype], list[Piece]] = {}
+        self.frames: dict[str, tuple[StoredFrame, FrameWriter]] = {}
+        self._writers: dict[str, FrameWriter] = {}
         for frame, writer in ((base, new_base), (slots, new_slots)):
-            if writer is None:
-                continue
-            for channel in writer.plan.channels:
-                self._write[channel.name] = writer
+            for channel in writer.plan.channels if writer is not None else ():
+                assert writer is not None
+                self._writers[channel.name] = writer
                 if frame is not None:
-                    self._read[channel.name] = frame
-            for piece in writer.plan.pieces:
-                self._pieces.setdefault((piece.channel, piece.dtype), []).append(piece)
-
-    def _stretch(self, channel: str, piece: Piece) -> Iterator[Piece]:
-        """The chunks of a channel that hold the elements of a piece of θ: a wide one's hold fewer each."""
-        end = piece.start + piece.numel
-        for found in self._pieces[channel, piece.dtype]:
-            if piece.start <= found.start < end:
-                yield found
+                    self.frames[channel.name] = frame, writer
 
     def read(self, channel: str, piece: Piece) -> Tensor:
-        parts = [self._read[channel].tensor(part) for part in self._stretch(channel, piece)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self.frames[channel][0].elements(channel, piece.dtype, piece.start, piece.start + piece.numel)
 
     def put(self, piece: Piece, state: ServerState) -> None:
         """Write a strategy's state over the elements of a piece of θ."""
@@ -253,9 +228,11 @@ class _Places:
             self._put(name, piece, slot.flats[piece.dtype])
 
     def _put(self, channel: str, piece: Piece, values: Tensor) -> None:
-        for part in self._stretch(channel, piece):
+        """Write the chunks of a channel that hold the elements of a piece of θ: a wide one's hold fewer each."""
+        writer = self._writers[channel]
+        for part in writer.plan.pieces.over(channel, piece.dtype, piece.start, piece.start + piece.numel):
             start = part.start - piece.start
-            self._write[channel].write(part.index, bytes_of(values[start : start + part.numel]))
+            writer.write(part.index, bytes_of(values[start : start + part.numel]))
 
 
 def _stretch(update: StoredUpdate, sealed: SealedFile, piece: Piece, layout: Layout) -> Update:
@@ -264,12 +241,7 @@ def _stretch(update: StoredUpdate, sealed: SealedFile, piece: Piece, layout: Lay
     channels = {}
     for channel, part in _parts(update.frame.plan, piece).items():
         values = torch.empty(part.numel, dtype=part.held)
-        into = memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
-        if sealed.read_into(part.index, into) != part.num_bytes:
-            raise StateError(
-                f"the update of site {update.site!r} for round {update.round} is damaged on this coordinator's disk",
-                hint="restore the blob store from a copy; the last committed round is untouched",
-            )
+        update.read(sealed, part, values)
         channels[channel] = NamedTensors(layout, {piece.dtype: values})
     return Update(
         update.site,

@@ -183,12 +183,13 @@ def first_non_finite(tensors: NamedTensors) -> str | None:
     there is something to find.
     """
     for _, flat in tensors.floating():
-        if not _all_finite(flat):
+        if not all_finite(flat):
             return next(name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all()))
     return None
 
 
-def _all_finite(flat: Tensor) -> bool:
+def all_finite(flat: Tensor) -> bool:
+    """Whether there is no NaN or infinity among floating values, of which there is at least one."""
     # NaN and infinity never leave a sum. A sum of finite numbers may overflow; only then is the exact test needed,
     # which takes 1.6 times as long (`isfinite().all()`: 16 times)
     return math.isfinite(flat.sum().item()) or all(math.isfinite(end.item()) for end in flat.aminmax())

@@ -24,15 +24,19 @@ class Feature:
         name: as it stands over the column.
         asked: whether a recipe, carried out over a network or not, asks for it.
         goes_with: whether a strategy's class may be paired with it.
-        because: why another may not, as the end of a sentence.
+        because: why another may not, as the end of a sentence; where strategies differ in that, what says it of one.
         instead: what to do, as a sentence.
     """
 
     name: str
     asked: Callable[[Recipe, bool], bool]
     goes_with: Callable[[type[Any]], bool]
-    because: str
+    because: str | Callable[[type[Any]], str]
     instead: str
+
+    def reason(self, strategy: type[Any]) -> str:
+        """Why this strategy does not go with it."""
+        return self.because if isinstance(self.because, str) else self.because(strategy)
 
 
 def _is(strategy: type[Any], attribute: str) -> Any:
@@ -51,9 +55,9 @@ FEATURES = (
     Feature(
         "runs over a network",
         lambda recipe, network: network,
-        lambda strategy: _is(strategy, "needs") == "sum",
-        "a coordinator combines piece by piece, and this strategy needs every update at once",
-        "Use a strategy with needs = sum, such as fedavg, or carry the recipe out by `commonweight run`",
+        lambda strategy: _is(strategy, "not_networked") == "",
+        lambda strategy: _is(strategy, "not_networked") or "it does not say that a coordinator can run it",
+        "Use another strategy, such as fedavg, or carry the recipe out by `commonweight run`",
     ),
     Feature(
         "adapters other than lora, rslora",
@@ -118,5 +122,6 @@ def check_pairings(recipe: Recipe, *, network: bool) -> None:
     for feature in FEATURES:
         if feature.asked(recipe, network) and not feature.goes_with(strategy):
             raise RecipeError(
-                f"federation.strategy {name!r} does not go with {feature.name}: {feature.because}", hint=feature.instead
+                f"federation.strategy {name!r} does not go with {feature.name}: {feature.reason(strategy)}",
+                hint=feature.instead,
             )

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..registry import names, resolve
-from .compatibility import FEATURES, pairings
+from .compatibility import FEATURES, Feature, pairings
 
 _ADAPTERS = (
     ("lora", "W + (α/r)·BA", "Hu 2022, arXiv:2106.09685"),
@@ -81,9 +81,21 @@ def _pairing_table() -> str:
         for m in catalogue()
         if m["kind"] == "strategy"
     ]
-    reasons = [f"- *{f.name}*, where it says no: {f.because}. {f.instead}." for f in FEATURES]
+    reasons = [f"- *{f.name}*, where it says no: {_reasons(f)}. {f.instead}." for f in FEATURES]
     head = [f"| strategy | {' | '.join(features)} |", f"| --- |{' --- |' * len(features)}"]
     return "\n".join(["## What goes with what\n", *head, *rows, "", *reasons])
+
+
+def _reasons(feature: Feature) -> str:
+    """Why a column says no; where strategies differ, each reason after the strategies that it holds for."""
+    if isinstance(feature.because, str):
+        return feature.because
+    strategies: dict[str, list[str]] = {}
+    for name in names("strategy"):
+        strategy = resolve("strategy", name)
+        if not feature.goes_with(strategy):
+            strategies.setdefault(feature.because(strategy), []).append(f"`{name}`")
+    return "; ".join(f"{', '.join(found)}: {reason}" for reason, found in strategies.items())
 
 
 def _option_table(method: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from .base import ServerState
-from .individuals import IndividualsStrategy, add_vector, first_loss, vector_of
+from .individuals import NO_FIRST_LOSS, IndividualsStrategy, add_vector, first_loss, vector_of
 from .update import Update
 
 
@@ -55,6 +55,7 @@ class AFL(IndividualsStrategy):
     name = "afl"
     rule = "θ ← θ + η·Σ λᵢΔᵢ; λ ← the point of the simplex nearest to λ + γF"
     source = "Mohri, Sivek and Suresh, Agnostic Federated Learning, ICML 2019, arXiv:1902.00146"
+    not_networked = NO_FIRST_LOSS
 
     class Options(BaseModel):
         """AFL's options."""

@@ -31,7 +31,7 @@ class AsynchronousStrategy(Strategy):
 
     needs = "sum"
     asynchronous = True
-    slot_names: ClassVar[tuple[str, ...]] = ()
+    not_networked = ""
 
     #: what is folded: Δᵢ, or the site's model θᵢ = θ + Δᵢ, θ being the version that it started from. In simulation,
     #: where that version is gone by then, it lies by until the update arrives; over a network the version's frame does
@@ -67,9 +67,6 @@ class AsynchronousStrategy(Strategy):
         for dtype, flat in model.floating():
             flat.copy_(theta.flats[dtype]).add_(delta.flats[dtype].to(accumulator_dtype(dtype)))
         return replace(update, channels={"model": model})
-
-    def init(self, theta: NamedTensors) -> ServerState:
-        return ServerState(theta)
 
     def open(self, state: ServerState) -> DiscountedSum:
         return DiscountedSum(state.theta.layout, (self.keeps,))

@@ -76,6 +76,9 @@ class Strategy(ABC):
     #: whether each site keeps state of its own between rounds (SCAFFOLD's cᵢ)
     site_state: ClassVar[bool] = False
 
+    #: slots that start at zero, in theta's layout
+    slot_names: ClassVar[tuple[str, ...]] = ()
+
     #: tensors that are never trained, sent or averaged: those whose dotted names have this part (`lora_A`); "": none
     frozen: ClassVar[str] = ""
 
@@ -85,6 +88,8 @@ class Strategy(ABC):
     mixed_shapes: ClassVar[bool] = False
     #: whether it takes in updates as they come, without rounds in which sites wait for each other
     asynchronous: ClassVar[bool] = False
+    #: why no coordinator can run it, whose updates and model lie in files, as the end of a sentence; "": one can
+    not_networked: ClassVar[str] = "a coordinator combines from files, and this strategy takes its updates whole"
 
     def __init__(self, options: BaseModel | None = None, *, num_sites: int = 1) -> None:
         """Args: options: an instance of `Options`. num_sites: N, all the sites of the run, not a round's cohort."""
@@ -102,9 +107,12 @@ class Strategy(ABC):
         """
         return {"kind": "none"}
 
-    @abstractmethod
+    def validate(self, layout: Layout) -> None:  # noqa: B027  # most strategies are content with any tensors
+        """Raises RecipeError: the strategy cannot run on trainable tensors of this layout."""
+
     def init(self, theta: NamedTensors) -> ServerState:
         """The state before round 1; it owns theta from then on."""
+        return ServerState(theta, {name: NamedTensors.zeros(theta.layout, wide=True) for name in self.slot_names})
 
     @abstractmethod
     def open(self, state: ServerState) -> Fold:
@@ -183,11 +191,7 @@ class SumStrategy(Strategy):
     """A strategy to which a weighted sum is enough. A subclass writes `step`, and names its `slot_names`."""
 
     needs = "sum"
-    slot_names: ClassVar[tuple[str, ...]] = ()
-
-    def init(self, theta: NamedTensors) -> ServerState:
-        slots = {name: NamedTensors.zeros(theta.layout, wide=True) for name in self.slot_names}
-        return ServerState(theta, slots)
+    not_networked = ""
 
     def open(self, state: ServerState) -> WeightedSum:
         return WeightedSum(state.theta.layout, self.update_channels)
@@ -215,7 +219,12 @@ def _refuse_non_finite(state: ServerState) -> None:
     for what, tensors in {"theta": state.theta, **state.slots}.items():
         name = first_non_finite(tensors)
         if name is not None:
-            raise RoundError(
-                f"the round's result holds NaN or infinity in {name!r} ({what}), although every update was finite",
-                hint="lower training.lr or the strategy's lr; the last committed round is untouched",
-            )
+            raise non_finite(name, what)
+
+
+def non_finite(name: str, what: str) -> RoundError:
+    """What to say of a round whose result holds NaN or infinity in a tensor of theta or of a slot."""
+    return RoundError(
+        f"the round's result holds NaN or infinity in {name!r} ({what}), although every update was finite",
+        hint="lower training.lr or the strategy's lr; the last committed round is untouched",
+    )

@@ -1,7 +1,8 @@
-"""Strategies that must see updates side by side: robust rules, and those that work on each site's factors.
+"""Strategies that must see individual updates: robust rules, and those that work on each site's factors.
 
-They hold a round's updates in memory until it closes: O(cohort × update), where a sum is O(update). No secure
-aggregation can be had with them, and a coordinator, which combines piece by piece, does not run them.
+On one machine they hold a round's updates in memory until it closes: O(cohort × update), where a sum is O(update). No
+secure aggregation can be had with them. Those that take a stretch of every update at a time (`side_by_side.py`) can be
+led by a coordinator, whose memory is then O(cohort × chunk).
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from ..errors import RoundError
 from ..model.tensors import NamedTensors, accumulator_dtype, first_non_finite
-from .base import Fold, ServerState, Strategy
+from .base import Fold, ServerState, Strategy, non_finite
 from .update import Update
+
+#: why a strategy that needs `first_loss` cannot run over a network
+NO_FIRST_LOSS = "it weighs sites by the loss that they start from, which does not leave a networked site"
 
 
 class Kept(Fold):
@@ -36,9 +40,6 @@ class IndividualsStrategy(Strategy):
 
     needs = "individuals"
 
-    def init(self, theta: NamedTensors) -> ServerState:
-        return ServerState(theta)
-
     def open(self, state: ServerState) -> Kept:
         return Kept()
 
@@ -49,10 +50,7 @@ class IndividualsStrategy(Strategy):
         state = self.combine(state, fold.updates)
         bad = first_non_finite(state.theta)
         if bad is not None:
-            raise RoundError(
-                f"the round's result holds NaN or infinity in {bad!r}, although every update was finite",
-                hint="lower training.lr or the strategy's lr; the last committed round is untouched",
-            )
+            raise non_finite(bad, "theta")
         return state
 
     @abstractmethod

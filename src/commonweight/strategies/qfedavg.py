@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from .base import ServerState
-from .individuals import IndividualsStrategy, add_vector, first_loss, vector_of
+from .individuals import NO_FIRST_LOSS, IndividualsStrategy, add_vector, first_loss, vector_of
 from .update import Update
 
 # Fᵢ^(q−1) has no value at a loss of exactly 0, which float32 reaches for text learned by heart
@@ -42,6 +42,7 @@ class QFedAvg(IndividualsStrategy):
     name = "q-fedavg"
     rule = "θ ← θ + Σ Fᵢ^q·Δᵢ / Σ Fᵢ^q(1 + q·‖Δᵢ‖²/(lr·Fᵢ))"
     source = "Li et al., Fair Resource Allocation in Federated Learning, ICLR 2020, arXiv:1905.10497"
+    not_networked = NO_FIRST_LOSS
 
     class Options(BaseModel):
         """q-FedAvg's options."""

@@ -107,6 +107,11 @@ class Plan:
     def pieces(self) -> Pieces:
         return Pieces(self)
 
+    def held_as(self, channel: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which a channel holds what is of `dtype` in the layout."""
+        wide = next(known.wide for known in self.channels if known.name == channel)
+        return accumulator_dtype(dtype) if wide else dtype
+
     @property
     def num_chunks(self) -> int:
         return len(self.pieces)
@@ -141,7 +146,7 @@ class Pieces(Sequence[Piece]):
         self._len = 0
         for channel in plan.channels:
             for dtype, numel in plan.layout.numels.items():
-                held = accumulator_dtype(dtype) if channel.wide else dtype
+                held = plan.held_as(channel.name, dtype)
                 step = plan.chunk_bytes // held.itemsize
                 if numel:
                     self.runs.append(_Run(self._len, channel.name, dtype, held, step, numel))
@@ -164,6 +169,11 @@ class Pieces(Sequence[Piece]):
         if not 0 <= place < self._len:
             raise IndexError(f"chunk {index} of {self._len}")
         return self.runs[bisect_right(self._firsts, place) - 1].piece(place)
+
+    def over(self, channel: str, dtype: torch.dtype, start: int, stop: int) -> list[Piece]:
+        """The chunks that hold elements `start` … `stop` of one flat, in order."""
+        run = next(run for run in self.runs if (run.channel, run.dtype) == (channel, dtype))
+        return [run.piece(run.first + place) for place in range(start // run.step, -(-stop // run.step))]
 
     def __iter__(self) -> Iterator[Piece]:
         for number, run in enumerate(self.runs):

@@ -10,22 +10,22 @@ from torch import Tensor
 
 from ...errors import RecipeError, RoundError
 from ...model.shapes import matrices
-from ...model.tensors import Layout, NamedTensors, accumulator_dtype
+from ...model.tensors import Entry, Layout, NamedTensors, accumulator_dtype
 from ..base import ServerState
-from ..individuals import IndividualsStrategy, weights_of
-from ..update import Update
+from ..individuals import weights_of
+from ..side_by_side import THETA, SideBySide, SideBySideStrategy, Stretch
 from .factors import Factors
 
 _HINT = "choose a LoRA adapter (model.adapter), or a strategy that averages any tensors, such as fedavg"
 
 
-class PairsStrategy(IndividualsStrategy):
+class PairsStrategy(SideBySideStrategy):
     """A strategy on pairs A, B. A subclass writes `combine_pair`.
 
     The adapter's scale s is constant and multiplies all alike, so it drops out: a site's factors here have the scale
     sᵢ/s, which is 1 unless the recipe gives the site an α of its own. A pair is combined in float64 and rounded once,
-    to theta's dtype; pairs are taken one after the other, so that the memory beside the held updates is a single
-    pair's. Tensors of no pair, such as a head that is trained whole, become θ + Σ pᵢΔᵢ, as in FedAvg; integers stay.
+    to theta's dtype; pairs are taken one after the other, so that no more is held than all sites' factors of the
+    largest. Tensors of no pair, such as a head that is trained whole, become θ + Σ pᵢΔᵢ, as in FedAvg; integers stay.
 
     Where sites hold different parts of the adapter (`mixed_shapes`), a module is combined from those that hold it, with
     weights that add up to 1 among them, and stays as it is if none of them answered. That is our choice, as the papers
@@ -36,11 +36,7 @@ class PairsStrategy(IndividualsStrategy):
     pairs = True
 
     def validate(self, layout: Layout) -> None:
-        """Whether the strategy can run on tensors of this layout.
-
-        Raises:
-            RecipeError: there is no LoRA pair among them.
-        """
+        """Raises RecipeError: there is no LoRA pair among the tensors."""
         if not matrices(layout):
             raise RecipeError(self._without_pairs(layout), hint=_HINT)
 
@@ -53,54 +49,65 @@ class PairsStrategy(IndividualsStrategy):
         self.validate(theta.layout)
         return super().init(theta)
 
-    def combine(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
-        """A round's result.
+    def merge(self, table: SideBySide) -> None:
+        """See `SideBySideStrategy`.
 
         Raises:
             RoundError: theta holds no LoRA pair, or factors are too large for their product.
         """
-        theta, weights = state.theta, weights_of(updates)
-        found = matrices(theta.layout)
+        weights = weights_of(table.updates)
+        found = matrices(table.layout)
         if not found:
-            raise RoundError(self._without_pairs(theta.layout), hint=_HINT)
-        for module, (name_a, name_b) in found.items():
-            before = Factors(theta[name_b].double(), theta[name_a].double())
-            holders = [(u, w) for u, w in zip(updates, weights, strict=True) if self._holds(u.site, name_a)]
-            if not holders:
-                continue
-            sites = [self._factors(theta, u, name_a, name_b) for u, _ in holders]
-            among = [w for _, w in holders]
-            if len(holders) < len(updates):
-                among = [w / sum(among) for w in among]
-            try:
-                after = self.combine_pair(before, sites, among)
-            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but its stub is silent
-                raise RoundError(
-                    f"the sites' products B·A of {module!r} cannot be decomposed: {error}",
-                    hint="lower training.lr, or set training.clip_norm; the last committed round is untouched",
-                ) from error
-            theta[name_a].copy_(after.A)
-            theta[name_b].copy_(after.B)
+            raise RoundError(self._without_pairs(table.layout), hint=_HINT)
+        modules = {name_a: module for module, (name_a, _) in found.items()}
         paired = {name for pair in found.values() for name in pair}
-        for name, tensor in theta.items():
-            if name not in paired and tensor.is_floating_point():
-                _average(tensor, [update.delta[name] for update in updates], weights)
-        return state
+        # in the layout's order, in which a file is read from front to back
+        for entry in table.layout.entries:
+            if entry.name in modules:
+                self._merge_pair(table, modules[entry.name], *found[modules[entry.name]], weights)
+            elif entry.name not in paired and entry.dtype.is_floating_point:
+                _average(table, entry, weights)
+
+    def _merge_pair(self, table: SideBySide, module: str, name_a: str, name_b: str, weights: Sequence[float]) -> None:
+        places = [place for place, update in enumerate(table.updates) if self._holds(update.site, name_a)]
+        if not places:
+            return
+        entry_a, entry_b = table.layout.by_name[name_a], table.layout.by_name[name_b]
+        A, B = (table.held(THETA, Stretch.of(entry)).view(entry.shape) for entry in (entry_a, entry_b))
+        # one factor of all sites after the other: what `sent` hands out is good until the next call
+        own_a, own_b = self._own(table, places, entry_a, A), self._own(table, places, entry_b, B)
+        shapes = [self.shapes.get(table.updates[place].site) for place in places]
+        sites = [
+            Factors(own_B, own_A, 1.0 if shape is None else shape.ratio)
+            for own_B, own_A, shape in zip(own_b, own_a, shapes, strict=True)
+        ]
+        among = [weights[place] for place in places]
+        if len(places) < len(weights):
+            among = [weight / sum(among) for weight in among]
+        try:
+            after = self.combine_pair(Factors(B.double(), A.double()), sites, among)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but its stub is silent
+            raise RoundError(
+                f"the sites' products B·A of {module!r} cannot be decomposed: {error}",
+                hint="lower training.lr, or set training.clip_norm; the last committed round is untouched",
+            ) from error
+        table.hold(THETA, Stretch.of(entry_a), after.A)
+        table.hold(THETA, Stretch.of(entry_b), after.B)
 
     def _holds(self, site: str, name: str) -> bool:
         shape = self.shapes.get(site)
         return shape is None or shape.holds(name)
 
-    def _factors(self, theta: NamedTensors, update: Update, name_a: str, name_b: str) -> Factors:
-        """A site's own factors after its work: what it was handed, and its delta."""
-        shape = self.shapes.get(update.site)
-        if shape is None:
-            B, A = (theta[name].double() + update.delta[name] for name in (name_b, name_a))
-            return Factors(B, A)
-        B, A = (
-            shape.handed(name, theta[name]).double() + shape.part(name, update.delta[name]) for name in (name_b, name_a)
-        )
-        return Factors(B, A, shape.ratio)
+    def _own(self, table: SideBySide, places: Sequence[int], entry: Entry, theta: Tensor) -> list[Tensor]:
+        """One factor of the sites at these places after their work: what each was handed, and its delta; float64."""
+        deltas, found = table.sent(Stretch.of(entry)), []
+        for place in places:
+            delta, shape = deltas[place].view(entry.shape), self.shapes.get(table.updates[place].site)
+            if shape is not None:
+                found.append(shape.handed(entry.name, theta).double() + shape.part(entry.name, delta))
+            else:
+                found.append(theta.double() + delta)
+        return found
 
     @abstractmethod
     def combine_pair(self, before: Factors, sites: Sequence[Factors], weights: Sequence[float]) -> Factors:
@@ -121,9 +128,10 @@ class PairsStrategy(IndividualsStrategy):
         return f"{self.name} combines LoRA pairs (lora_A, lora_B), and there are none among the trainables: {names} …"
 
 
-def _average(theta: Tensor, deltas: Sequence[Tensor], weights: Sequence[float]) -> None:
-    """θ ← θ + Σ pᵢΔᵢ, summed in the accumulator's precision and rounded once."""
-    total = torch.zeros(theta.shape, dtype=accumulator_dtype(theta.dtype))
-    for delta, weight in zip(deltas, weights, strict=True):
-        total.add_(delta.to(total.dtype), alpha=weight)
-    theta.copy_(total.add_(theta))
+def _average(table: SideBySide, entry: Entry, weights: Sequence[float]) -> None:
+    """θ ← θ + Σ pᵢΔᵢ for one tensor, summed in the accumulator's precision and rounded once."""
+    for stretch in Stretch.of(entry).cut(len(weights)) if entry.numel else ():
+        total = torch.zeros(stretch.numel, dtype=accumulator_dtype(entry.dtype))
+        for delta, weight in zip(table.sent(stretch), weights, strict=True):
+            total.add_(delta.to(total.dtype), alpha=weight)
+        table.hold(THETA, stretch, total.add_(table.held(THETA, stretch)))

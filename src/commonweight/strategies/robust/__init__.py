@@ -1,6 +1,7 @@
 """Rules that withstand sites which send what they like: each replaces the mean of a round's updates.
 
-`rows.py` holds what they share: sums, distances and sorted columns of a matrix whose rows are updates, taken a stretch
-of columns at a time. `strategy.py` bounds the rows' norms, mixes them if asked to, and hands them to a rule; every
-other file is one rule.
+A round's updates are the rows of a matrix, n × d, which is read twice and never held: once for the rows' inner products
+(`rows.py`), from which their lengths, their distances and whatever is a combination of them follow; and once more, a
+stretch of columns at a time, to combine them. `strategy.py` does both, bounds the rows' norms and mixes them if asked
+to; every other file is one rule.
 """

@@ -7,47 +7,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..base import ServerState
 from ..update import Update
 from .krum import krum_scores
-from .rows import inner_products, middle, sorted_columns, squared_distances, stretches
-from .strategy import RobustStrategy, StatedOptions
+from .rows import Survey, middle, sorted_columns, squared_distances
+from .strategy import Combine, RobustStrategy, StatedOptions
 
 
-def bulyan(rows: Tensor, f: int) -> Tensor:
-    """The mean, in each column, of the n − 4f values nearest to the median of n − 2f rows that Krum chose: (d,).
+def bulyan_choice(products: Tensor, f: int) -> list[int]:
+    """The n − 2f rows that Krum chooses one after the other, in the rows' order.
 
-    Krum chooses a row, which is then taken away, n − 2f times; of equal scores the first row. When so few are left that
-    Krum's n − f − 2 falls below one neighbour, it looks at one. Of two values equally near to the median the smaller
-    one is kept.
+    Krum chooses a row, which is then taken away; of equal scores the first row. When so few are left that Krum's
+    n − f − 2 falls below one neighbour, it looks at one.
 
     Args:
-        rows: n × d.
+        products: the rows' inner products, n × n.
 
     Raises:
         ValueError: f is negative, or n < 4f + 3.
     """
-    n = len(rows)
+    n = len(products)
     if f < 0 or n < 4 * f + 3:
         raise ValueError(f"Bulyan of {n} rows with f = {f}: f ≥ 0 and n ≥ 4f + 3 are needed")
-    chosen = _choose(squared_distances(inner_products(rows)), f, n - 2 * f) if f else list(range(n))
-    found = torch.empty(rows.shape[1], dtype=rows.dtype)
-    for columns in stretches(*rows.shape):
-        found[columns] = _mean_near_median(sorted_columns(rows[chosen, columns].double()), n - 4 * f)
-    return found
-
-
-def _choose(distances: Tensor, f: int, count: int) -> list[int]:
-    left = list(range(len(distances)))
+    left = list(range(n))
+    if f == 0:
+        return left
+    distances = squared_distances(products)
     chosen: list[int] = []
-    while len(chosen) < count:
+    while len(chosen) < n - 2 * f:
         scores = krum_scores(distances[left][:, left], f)
         chosen.append(left.pop(int(scores.argsort(stable=True)[0])))
     return sorted(chosen)
 
 
-def _mean_near_median(ordered: list[Tensor], count: int) -> Tensor:
-    """The mean of the `count` values nearest to the median, in columns in ascending order."""
+def mean_near_median(rows: Tensor, count: int) -> Tensor:
+    """The mean, in each column, of the `count` values nearest to the median; of two equally near the smaller: (k,)."""
+    ordered = sorted_columns(rows)
     values, center = torch.stack(ordered), middle(ordered)
     first = torch.zeros(1, values.shape[1], dtype=torch.long)
     last = first + len(values) - 1
@@ -72,6 +66,9 @@ class Bulyan(RobustStrategy):
     )
     Options = StatedOptions
     needed = (4, 3)
+    pairwise = True
 
-    def aggregate(self, rows: Tensor, state: ServerState, updates: Sequence[Update]) -> Tensor:
-        return bulyan(rows, self.options.f)
+    def plan(self, seen: Survey, updates: Sequence[Update]) -> Combine:
+        chosen = bulyan_choice(seen.products, self.options.f)
+        count = len(updates) - 4 * self.options.f
+        return lambda rows: mean_near_median(rows[chosen], count)

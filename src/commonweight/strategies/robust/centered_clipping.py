@@ -9,29 +9,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...model.tensors import NamedTensors
-from ..base import ServerState
-from ..individuals import vector_of
 from ..update import Update
-from .rows import combination, distances_to, inner_products
-from .strategy import RobustOptions, RobustStrategy
-
-#: the slot that holds the last round's aggregate
-CENTER = "center"
+from .rows import Survey, distances_to
+from .strategy import Combine, RobustOptions, RobustStrategy
 
 
-def centered_clipping(rows: Tensor, center: Tensor, *, tau: float | Literal["median"], iterations: int) -> Tensor:
-    """v ← v + mean of (xᵢ − v)·min(1, τ/‖xᵢ − v‖), `iterations` times from `center`: (d,).
+def centered_clipping(products: Tensor, *, tau: float | Literal["median"], iterations: int) -> Tensor:
+    """v ← v + mean of (xᵢ − v)·min(1, τ/‖xᵢ − v‖), `iterations` times: the coefficients of v, (n + 1,), float64.
 
-    Every v is a combination of the rows and the center, so only its n + 1 coefficients are iterated.
+    Every v is a combination of the n rows and of where it begins, the last row, so only coefficients are iterated.
 
     Args:
-        rows: n × d.
-        center: (d,), where v begins.
+        products: the inner products of all n + 1.
         tau: τ > 0; `median`: in each iteration the median of ‖xᵢ − v‖.
     """
-    n = len(rows)
-    products = inner_products(rows, center[None])
+    n = len(products) - 1
     coefficients = torch.zeros(n + 1, dtype=torch.float64)
     coefficients[-1] = 1
     for _ in range(iterations):
@@ -40,7 +32,7 @@ def centered_clipping(rows: Tensor, center: Tensor, *, tau: float | Literal["med
         pulls = torch.where(distances > radius, radius / distances, 1.0) / n
         coefficients *= 1 - pulls.sum()
         coefficients[:n] += pulls
-    return combination(coefficients, rows, center[None])
+    return coefficients
 
 
 class CenteredClipping(RobustStrategy):
@@ -54,6 +46,8 @@ class CenteredClipping(RobustStrategy):
     name = "centered-clipping"
     rule = "v ← v + mean (Δᵢ − v)·min(1, τ/‖Δᵢ − v‖), L times; θ ← θ + ηv"
     source = "Karimireddy et al., Learning from History for Byzantine Robust Optimization, ICML 2021, arXiv:2012.10333"
+    slot_names = ("center",)
+    pairwise = True
 
     class Options(RobustOptions):
         """Centered clipping's options."""
@@ -68,14 +62,6 @@ class CenteredClipping(RobustStrategy):
 
     options: Options
 
-    def init(self, theta: NamedTensors) -> ServerState:
-        return ServerState(theta, {CENTER: NamedTensors.zeros(theta.layout, wide=True)})
-
-    def aggregate(self, rows: Tensor, state: ServerState, updates: Sequence[Update]) -> Tensor:
-        slot = state.slots[CENTER]
-        found = centered_clipping(rows, vector_of(slot), tau=self.options.tau, iterations=self.options.iterations)
-        start = 0
-        for _, flat in slot.floating():
-            flat.copy_(found[start : start + flat.numel()])
-            start += flat.numel()
-        return found
+    def plan(self, seen: Survey, updates: Sequence[Update]) -> Combine:
+        coefficients = centered_clipping(seen.products, tau=self.options.tau, iterations=self.options.iterations)
+        return lambda rows: coefficients @ rows

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ..base import ServerState
 from ..update import Update
-from .rows import mean_of, middle, sorted_columns, stretches
-from .strategy import RobustStrategy, StatedOptions
+from .rows import Survey, mean_of, middle, sorted_columns
+from .strategy import Combine, RobustStrategy, StatedOptions
 
 _SOURCE = (
     "Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, ICML 2018, arXiv:1803.01498"
@@ -18,15 +16,12 @@ _SOURCE = (
 
 
 def median(rows: Tensor) -> Tensor:
-    """The median of each column of n × d rows, for even n the mean of the middle two: (d,)."""
-    found = torch.empty(rows.shape[1], dtype=rows.dtype)
-    for columns in stretches(*rows.shape):
-        found[columns] = middle(sorted_columns(rows[:, columns]))
-    return found
+    """The median of each column of n × k rows, for even n the mean of the middle two: (k,)."""
+    return middle(sorted_columns(rows))
 
 
 def trimmed_mean(rows: Tensor, f: int) -> Tensor:
-    """The mean of each column of n × d rows without its f smallest and its f largest values: (d,).
+    """The mean of each column of n × k rows, float64, without its f smallest and its f largest values: (k,).
 
     Raises:
         ValueError: f is negative, or n < 2f + 1.
@@ -36,14 +31,10 @@ def trimmed_mean(rows: Tensor, f: int) -> Tensor:
         raise ValueError(f"{n} rows cannot be trimmed by f = {f} at each end")
     if f == 0:
         return mean_of(rows)
-    found = torch.empty(rows.shape[1], dtype=rows.dtype)
-    for columns in stretches(*rows.shape):
-        kept = sorted_columns(rows[:, columns])[f : n - f]
-        total = kept[0].double()
-        for values in kept[1:]:
-            total = total.add_(values)
-        found[columns] = total.div_(len(kept))
-    return found
+    total, *others = sorted_columns(rows)[f : n - f]
+    for values in others:
+        total.add_(values)
+    return total.div_(n - 2 * f)
 
 
 class Median(RobustStrategy):
@@ -56,8 +47,8 @@ class Median(RobustStrategy):
     rule = "θ ← θ + η·median Δᵢ, coordinate by coordinate"
     source = _SOURCE
 
-    def aggregate(self, rows: Tensor, state: ServerState, updates: Sequence[Update]) -> Tensor:
-        return median(rows)
+    def plan(self, seen: Survey, updates: Sequence[Update]) -> Combine:
+        return median
 
 
 class TrimmedMean(RobustStrategy):
@@ -68,5 +59,5 @@ class TrimmedMean(RobustStrategy):
     source = _SOURCE
     Options = StatedOptions
 
-    def aggregate(self, rows: Tensor, state: ServerState, updates: Sequence[Update]) -> Tensor:
-        return trimmed_mean(rows, self.options.f)
+    def plan(self, seen: Survey, updates: Sequence[Update]) -> Combine:
+        return lambda rows: trimmed_mean(rows, self.options.f)

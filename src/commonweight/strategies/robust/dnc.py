@@ -14,40 +14,38 @@ from pydantic import Field
 from torch import Tensor
 
 from ...seeding import derive_seed
-from ..base import ServerState
 from ..update import Update
-from .rows import mean_of
-from .strategy import RobustStrategy, StatedOptions
+from .rows import Survey, mean_of
+from .strategy import Combine, RobustStrategy, StatedOptions
 
 
-def dnc(rows: Tensor, f: int, *, seed: int, c: float = 1.0, num_columns: int = 10_000, iterations: int = 5) -> Tensor:
-    """The mean of the rows that no iteration dropped: (d,).
+def dnc(samples: Sequence[Tensor], f: int, *, c: float = 1.0) -> list[int]:
+    """The rows that no iteration dropped.
 
-    An iteration draws `num_columns` of the d columns, subtracts their means, and drops the ⌈c·f⌉ rows with the largest
+    An iteration looks at one sample of the columns, subtracts their means, and drops the ⌈c·f⌉ rows with the largest
     squared projection on the first right singular vector; of equal ones the later. Where every row was dropped at
     some time, those that were dropped least often are taken.
 
     Args:
-        rows: n × d.
-        seed: what the columns are drawn from.
+        samples: for each iteration its columns, n × k, float64.
 
     Raises:
         ValueError: f or c is negative, or ⌈c·f⌉ ≥ n.
     """
-    n, d = rows.shape
-    num_dropped = math.ceil(c * f)
+    n, num_dropped = len(samples[0]), math.ceil(c * f)
     if f < 0 or c < 0 or num_dropped >= n:
         raise ValueError(f"DnC of {n} rows with f = {f}, c = {c:g} would drop {num_dropped}: it must leave one")
-    if num_dropped == 0:
-        return mean_of(rows)
-    draw = random.Random(seed)
     dropped = torch.zeros(n, dtype=torch.long)
-    for _ in range(iterations):
-        columns = sorted(draw.sample(range(d), min(num_columns, d)))
-        scores = _outlier_scores(rows[:, columns].double())
-        dropped[scores.argsort(stable=True)[n - num_dropped :]] += 1
+    for sample in samples:
+        dropped[_outlier_scores(sample).argsort(stable=True)[n - num_dropped :]] += 1
     kept: list[int] = (dropped == dropped.min()).nonzero().flatten().tolist()
-    return mean_of(rows, kept)
+    return kept
+
+
+def draw_columns(num_columns: int, *, seed: int, size: int, iterations: int) -> list[list[int]]:
+    """`iterations` draws of `size` columns, or of all if there are fewer; each in ascending order."""
+    draw = random.Random(seed)
+    return [sorted(draw.sample(range(num_columns), min(size, num_columns))) for _ in range(iterations)]
 
 
 def _outlier_scores(part: Tensor) -> Tensor:
@@ -85,7 +83,12 @@ class DnC(RobustStrategy):
 
     options: Options
 
-    def aggregate(self, rows: Tensor, state: ServerState, updates: Sequence[Update]) -> Tensor:
+    def columns(self, num_columns: int, round: int) -> list[list[int]]:
         o = self.options
-        seed = derive_seed(o.seed, "dnc", updates[0].round)
-        return dnc(rows, o.f, seed=seed, c=o.c, num_columns=o.num_columns, iterations=o.iterations)
+        return draw_columns(
+            num_columns, seed=derive_seed(o.seed, "dnc", round), size=o.num_columns, iterations=o.iterations
+        )
+
+    def plan(self, seen: Survey, updates: Sequence[Update]) -> Combine:
+        kept = dnc(seen.samples, self.options.f, c=self.options.c)
+        return lambda rows: mean_of(rows, kept)

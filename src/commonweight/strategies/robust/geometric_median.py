@@ -8,33 +8,30 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..base import ServerState
 from ..individuals import weights_of
 from ..update import Update
-from .rows import combination, distances_to, inner_products, squared_distances
-from .strategy import RobustOptions, RobustStrategy
+from .rows import Survey, distances_to, squared_distances
+from .strategy import Combine, RobustOptions, RobustStrategy
 
 
 def geometric_median(
-    rows: Tensor, weights: Sequence[float], *, nu: float = 1e-6, max_iterations: int = 32, tolerance: float = 1e-6
+    products: Tensor, weights: Sequence[float], *, nu: float = 1e-6, max_iterations: int = 32, tolerance: float = 1e-6
 ) -> Tensor:
-    """argmin over v of Σ pᵢ‖xᵢ − v‖, smoothed: (d,).
+    """argmin over v of Σ pᵢ‖xᵢ − v‖, smoothed: the coefficients of v, (n,), float64, which add up to 1.
 
     v ← Σ βᵢxᵢ / Σ βᵢ with βᵢ = pᵢ / max(ν, ‖xᵢ − v‖), until Σ pᵢ‖xᵢ − v‖ falls by less than `tolerance` of itself, or
-    `max_iterations`. Every v is a combination of the rows, so only its n coefficients are iterated: the rows are read
-    twice, whatever the number of iterations.
+    `max_iterations`. Every v is a combination of the rows, so only its n coefficients are iterated.
 
     The first βᵢ take a row's median distance to all rows in place of ‖xᵢ − v‖. The paper leaves the start open; from
     the mean, which f huge rows may carry anywhere, an iteration comes back by no more than a factor (n − f)/f.
 
     Args:
-        rows: n × d.
+        products: the rows' inner products, n × n.
         weights: pᵢ > 0; only their ratios count.
         nu: ν, below which a distance counts as ν.
     """
     shares = torch.tensor(weights, dtype=torch.float64)
     shares /= shares.sum()
-    products = inner_products(rows)
     distances = squared_distances(products).sqrt().median(dim=1).values
     before = torch.inf
     for _ in range(max_iterations + 1):
@@ -45,7 +42,7 @@ def geometric_median(
         if before - total <= tolerance * total:
             break
         before = total
-    return combination(coefficients, rows)
+    return coefficients
 
 
 class GeometricMedian(RobustStrategy):
@@ -58,6 +55,7 @@ class GeometricMedian(RobustStrategy):
     name = "geometric-median"
     rule = "θ ← θ + η·argmin_v Σ pᵢ‖Δᵢ − v‖"
     source = "Pillutla et al., Robust Aggregation for Federated Learning, IEEE TSP 2022, arXiv:1912.13445"
+    pairwise = True
 
     class Options(RobustOptions):
         """The geometric median's options."""
@@ -70,8 +68,9 @@ class GeometricMedian(RobustStrategy):
 
     options: Options
 
-    def aggregate(self, rows: Tensor, state: ServerState, updates: Sequence[Update]) -> Tensor:
+    def plan(self, seen: Survey, updates: Sequence[Update]) -> Combine:
         o = self.options
-        return geometric_median(
-            rows, weights_of(updates), nu=o.nu, max_iterations=o.max_iterations, tolerance=o.tolerance
+        coefficients = geometric_median(
+            seen.products, weights_of(updates), nu=o.nu, max_iterations=o.max_iterations, tolerance=o.tolerance
         )
+        return lambda rows: coefficients @ rows

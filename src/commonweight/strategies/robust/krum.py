@@ -9,10 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ...errors import RecipeError
-from ..base import ServerState
 from ..update import Update
-from .rows import inner_products, mean_of, squared_distances
-from .strategy import RobustStrategy, StatedOptions
+from .rows import Survey, mean_of, squared_distances
+from .strategy import Combine, RobustStrategy, StatedOptions
 
 _SOURCE = (
     "Blanchard et al., Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, "
@@ -31,18 +30,20 @@ def krum_scores(distances: Tensor, f: int) -> Tensor:
     return others[:, : max(1, n - f - 2)].sum(1)
 
 
-def multi_krum(rows: Tensor, f: int, m: int) -> Tensor:
-    """The mean of the m rows of n × d with the lowest Krum scores; of equal scores the first: (d,). Krum is m = 1.
+def multi_krum(products: Tensor, f: int, m: int) -> list[int]:
+    """The m of n rows with the lowest Krum scores, the lowest first; of equal scores the first. Krum is m = 1.
+
+    Args:
+        products: the rows' inner products, n × n.
 
     Raises:
         ValueError: f is negative, n < f + 3, so that no neighbour would be left, or m is not between 1 and n.
     """
-    n = len(rows)
+    n = len(products)
     if f < 0 or n < f + 3 or not 1 <= m <= n:
         raise ValueError(f"Krum of {n} rows with f = {f} and m = {m}: f ≥ 0, n ≥ f + 3 and 1 ≤ m ≤ n are needed")
-    scores = krum_scores(squared_distances(inner_products(rows)), f)
-    best: list[int] = scores.argsort(stable=True)[:m].tolist()
-    return mean_of(rows, best) if m > 1 else rows[best[0]].clone()
+    best: list[int] = krum_scores(squared_distances(products), f).argsort(stable=True)[:m].tolist()
+    return best
 
 
 class Krum(RobustStrategy):
@@ -57,9 +58,11 @@ class Krum(RobustStrategy):
     source = _SOURCE
     Options = StatedOptions
     needed = (2, 3)
+    pairwise = True
 
-    def aggregate(self, rows: Tensor, state: ServerState, updates: Sequence[Update]) -> Tensor:
-        return multi_krum(rows, self.options.f, 1)
+    def plan(self, seen: Survey, updates: Sequence[Update]) -> Combine:
+        best = multi_krum(seen.products, self.options.f, 1)[0]
+        return lambda rows: rows[best]
 
 
 class MultiKrum(RobustStrategy):
@@ -69,6 +72,7 @@ class MultiKrum(RobustStrategy):
     rule = "θ ← θ + η·mean of the m updates nearest to their n − f − 2 nearest"
     source = _SOURCE
     needed = (2, 3)
+    pairwise = True
 
     class Options(StatedOptions):
         """Multi-Krum's options."""
@@ -93,6 +97,8 @@ class MultiKrum(RobustStrategy):
                 hint=f"lower m to {spared}, or leave it out",
             )
 
-    def aggregate(self, rows: Tensor, state: ServerState, updates: Sequence[Update]) -> Tensor:
-        spared = len(rows) - self.options.f
-        return multi_krum(rows, self.options.f, spared - 2 if self.options.m is None else min(self.options.m, spared))
+    def plan(self, seen: Survey, updates: Sequence[Update]) -> Combine:
+        spared = len(updates) - self.options.f
+        m = spared - 2 if self.options.m is None else min(self.options.m, spared)
+        chosen = multi_krum(seen.products, self.options.f, m)
+        return lambda rows: mean_of(rows, chosen)

@@ -1,40 +1,82 @@
-"""What robust rules do with a round's updates, one a row: norms, inner products, sums, sorted columns.
+"""What robust rules do with a round's updates, one a row: inner products, distances, means, sorted columns.
 
-Rows are n × d, float32 or float64; n up to 100 or so, d up to many millions. Everything is taken a stretch of columns
-at a time and summed in float64, so beside the rows a rule needs a few MB and n × n numbers. Distances come from the
-inner products, ‖xᵢ − xⱼ‖² = ⟨xᵢ,xᵢ⟩ + ⟨xⱼ,xⱼ⟩ − 2⟨xᵢ,xⱼ⟩: one pass over the rows gives all of them, and a huge hostile
-row spoils its own distances only. A mean of equal float32 rows is that row, to the bit.
+Rows are n × d; n up to 100 or so, d up to many millions. One pass over them, a stretch of columns at a time, gives
+⟨xᵢ,xⱼ⟩ of all rows in float64. Distances come from these, ‖xᵢ − xⱼ‖² = ⟨xᵢ,xᵢ⟩ + ⟨xⱼ,xⱼ⟩ − 2⟨xᵢ,xⱼ⟩, and so does
+everything about combinations Σ cᵢxᵢ; a huge hostile row spoils its own distances only. The rest is done to n × k values
+of one stretch, float64. A mean of equal float32 rows is that row, to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-# elements of all rows together that are worked on at once: 2 MiB in float64, which stay in cache
-_ELEMENTS = 1 << 18
+from ..side_by_side import SideBySide, Stretch, stretches
 
 # float64 sums of millions of products leave this much of ‖xᵢ‖² + ‖xⱼ‖² where two rows are equal
 _CANCELLED = 1e-13
 
 
-def stretches(num_rows: int, num_columns: int) -> Iterator[slice]:
-    """Slices that cover the columns, each of as many as may be worked on at once."""
-    step = max(1, _ELEMENTS // max(1, num_rows))
-    return (slice(start, start + step) for start in range(0, num_columns, step))
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over n rows has shown.
+
+    Args:
+        products: ⟨xᵢ,xⱼ⟩, n × n, float64; of a survey that was not `pairwise` the diagonal alone, beside zeros.
+        samples: the values of the columns that were asked for, n × k for each set of them, float64.
+    """
+
+    products: Tensor
+    samples: tuple[Tensor, ...] = ()
 
 
-def inner_products(*blocks: Tensor) -> Tensor:
-    """⟨xᵢ,xⱼ⟩ of all rows of the blocks (each k × d, equal d), one block after the other: n × n, float64."""
-    num_rows = sum(len(block) for block in blocks)
+def survey(
+    table: SideBySide,
+    slots: Sequence[str] = (),
+    *,
+    pairwise: bool = True,
+    columns: Sequence[Sequence[int]] = (),
+) -> Survey:
+    """Read every row once.
+
+    Args:
+        slots: of the state: further rows after the updates'.
+        columns: sets of columns to be sampled, each in ascending order; all floating values of an update are numbered
+            through, one dtype after the other.
+    """
+    num_rows = len(table.updates) + len(slots)
     products = torch.zeros(num_rows, num_rows, dtype=torch.float64)
-    for columns in stretches(num_rows, blocks[0].shape[1]):
-        piece = torch.cat([block[:, columns].double() for block in blocks])
-        products.addmm_(piece, piece.T)
-    return products
+    wanted = torch.tensor(sorted({column for chosen in columns for column in chosen}), dtype=torch.long)
+    found, passed = [torch.empty(num_rows, 0, dtype=torch.float64)], 0
+    for _, rows in all_rows(table, slots):
+        if pairwise:
+            products.addmm_(rows, rows.T)
+        else:
+            products.diagonal().add_(rows.square().sum(1))
+        first, last = torch.searchsorted(wanted, torch.tensor([passed, passed + rows.shape[1]])).tolist()
+        found.append(rows[:, wanted[first:last] - passed])
+        passed += rows.shape[1]
+    sampled = torch.cat(found, dim=1)
+    return Survey(products, tuple(sampled[:, torch.searchsorted(wanted, torch.tensor(chosen))] for chosen in columns))
+
+
+def all_rows(table: SideBySide, slots: Sequence[str] = ()) -> Iterator[tuple[Stretch, Tensor]]:
+    """Each stretch of columns, and the rows there: n × k, float64, the caller's own."""
+    num_rows = len(table.updates) + len(slots)
+    for stretch in stretches(table.layout, num_rows):
+        rows = torch.empty(num_rows, stretch.numel, dtype=torch.float64)
+        for row, values in zip(rows, [*table.sent(stretch), *(table.held(s, stretch) for s in slots)], strict=True):
+            row.copy_(values)
+        yield stretch, rows
+
+
+def num_columns(table: SideBySide) -> int:
+    """d, the floating values of an update."""
+    return sum(numel for dtype, numel in table.layout.numels.items() if dtype.is_floating_point)
 
 
 def squared_distances(products: Tensor) -> Tensor:
@@ -52,62 +94,69 @@ def distances_to(products: Tensor, coefficients: Tensor) -> Tensor:
     return (products.diagonal() - 2 * along + coefficients @ along).clamp_(min=0).sqrt_()
 
 
-def norms(rows: Tensor) -> Tensor:
-    """‖xᵢ‖: (n,), float64."""
-    squares = torch.zeros(len(rows), dtype=torch.float64)
-    for columns in stretches(*rows.shape):
-        squares += rows[:, columns].double().square().sum(1)
-    return squares.sqrt_()
+@dataclass(frozen=True)
+class Prepared:
+    """What is done to rows before a rule combines them: xᵢ ← sᵢxᵢ, and then each becomes the mean of some of them.
+
+    Args:
+        scales: s, (n,), float64.
+        mixed: 1 where row j is in the mean that row i becomes, else 0: n × n, float64. None: rows are not mixed.
+    """
+
+    scales: Tensor
+    mixed: Tensor | None = None
+
+    def products(self, products: Tensor) -> Tensor:
+        """The inner products of the rows after it, from those before."""
+        found = products * self.scales[:, None] * self.scales
+        # the square of a huge float64 row overflows; of nothing of it nothing is left
+        none = self.scales == 0
+        found[none[:, None] | none] = 0
+        if self.mixed is None:
+            return found
+        counts = self.mixed.sum(1)
+        found = (self.mixed @ found @ self.mixed.T).div_(counts[:, None] * counts)
+        return (found + found.T) / 2
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """The rows after it: n × k; may change those given."""
+        rows.mul_(self.scales[:, None])
+        return rows if self.mixed is None else (self.mixed @ rows).div_(self.mixed.sum(1)[:, None])
 
 
-def combination(coefficients: Tensor, *blocks: Tensor) -> Tensor:
-    """Σ cᵢxᵢ over all rows of the blocks, one after the other: (d,), in the first block's dtype."""
-    found = torch.empty(blocks[0].shape[1], dtype=blocks[0].dtype)
-    for columns in stretches(len(coefficients), len(found)):
-        found[columns] = coefficients @ torch.cat([block[:, columns].double() for block in blocks])
-    return found
+def scales_within(products: Tensor, bound: float) -> Tensor:
+    """min(1, bound/‖xᵢ‖), from the rows' inner products: (n,), float64."""
+    norms = products.diagonal().sqrt()
+    return torch.where(norms > bound, bound / norms, 1.0)
 
 
-def mean_of(rows: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
-    """The mean of the chosen rows, or of all: (d,)."""
-    counts = torch.ones(len(rows), dtype=torch.float64)
-    if chosen is not None:
-        counts.zero_()[list(chosen)] = 1
-    found = torch.empty(rows.shape[1], dtype=rows.dtype)
-    for columns in stretches(*rows.shape):
-        # divided after the sum, which is exact for float32: equal rows give themselves
-        found[columns] = (counts @ rows[:, columns].double()).div_(counts.sum())
-    return found
+def nearest_rows(products: Tensor, f: int) -> Tensor:
+    """1 where row j is among the n − f nearest of row i, itself among them, else 0: n × n, float64.
 
-
-def clip_rows_(rows: Tensor, bound: float) -> Tensor:
-    """Scale rows longer than `bound` down to it, in place."""
-    for row, norm in zip(rows, norms(rows).tolist(), strict=True):
-        if norm > bound:
-            row.mul_(bound / norm)
-    return rows
-
-
-def mix_nearest_(rows: Tensor, f: int) -> Tensor:
-    """Replace each row by the mean of its n − f nearest, itself among them, in place (Allouah et al. 2023,
-    arXiv:2302.01772). Of rows equally near the first is taken.
+    That is nearest-neighbour mixing (Allouah et al. 2023, arXiv:2302.01772). Of rows equally near the first is taken.
 
     Raises:
         ValueError: f is not between 0 and n − 1.
     """
-    kept = len(rows) - f
-    if not 0 < kept <= len(rows):
-        raise ValueError(f"f = {f} of {len(rows)} rows leaves none to mix, or is negative")
-    distances = squared_distances(inner_products(rows)).fill_diagonal_(-1)
-    nearest = distances.argsort(dim=1, stable=True)[:, :kept]
-    counts = torch.zeros_like(distances).scatter_(1, nearest, 1)
-    for columns in stretches(*rows.shape):
-        rows[:, columns] = (counts @ rows[:, columns].double()).div_(kept)
-    return rows
+    kept = len(products) - f
+    if not 0 < kept <= len(products):
+        raise ValueError(f"f = {f} of {len(products)} rows leaves none to mix, or is negative")
+    distances = squared_distances(products).fill_diagonal_(-1)
+    order = distances.argsort(dim=1, stable=True)[:, :kept]
+    return torch.zeros_like(distances).scatter_(1, order, 1)
+
+
+def mean_of(rows: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
+    """The mean of the chosen rows of n × k, float64, or of all: (k,)."""
+    counts = torch.ones(len(rows), dtype=torch.float64)
+    if chosen is not None:
+        counts.zero_()[list(chosen)] = 1
+    # divided after the sum, which is exact for float32: equal rows give themselves
+    return (counts @ rows).div_(counts.sum())
 
 
 def sorted_columns(rows: Tensor) -> list[Tensor]:
-    """Each column's n values in ascending order: n tensors of (d,), the smallest first.
+    """Each column's n values in ascending order: n tensors of (k,), the smallest first.
 
     A network of comparisons between whole rows: about ten times as fast as sorting column by column.
     """
@@ -141,6 +190,6 @@ def _network(n: int) -> tuple[tuple[int, int], ...]:
 
 
 def middle(ordered: Sequence[Tensor]) -> Tensor:
-    """The median of columns in ascending order, float64: for an even number of rows the mean of the middle two."""
+    """The median of columns in ascending order: for an even number of rows the mean of the middle two."""
     n = len(ordered)
-    return (ordered[(n - 1) // 2].double() + ordered[n // 2]).div_(2)
+    return (ordered[(n - 1) // 2] + ordered[n // 2]).div_(2)

@@ -1,9 +1,9 @@
-"""What all robust strategies share: enough answers, a bound on norms, mixing; a subclass writes `aggregate`."""
+"""What all robust strategies share: enough answers, a bound on norms, mixing; a subclass writes `plan`."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar, Literal, cast
 
 import torch
@@ -11,10 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor
 
 from ...errors import RecipeError, RoundError
-from ..base import ServerState
-from ..individuals import IndividualsStrategy, add_vector, rows_of
+from ..side_by_side import THETA, SideBySide, SideBySideStrategy
 from ..update import Update
-from .rows import clip_rows_, mix_nearest_, norms
+from .rows import Prepared, Survey, all_rows, nearest_rows, num_columns, scales_within, survey
+
+#: makes one row of n: (n, k) → (k,), float64, for the columns of any stretch; may change what it is given
+Combine = Callable[[Tensor], Tensor]
 
 
 class RobustOptions(BaseModel):
@@ -72,18 +74,22 @@ class StatedOptions(RobustOptions):
         return value
 
 
-class RobustStrategy(IndividualsStrategy):
-    """θ ← θ + η·aggregate(rows), the rows being the round's updates Δᵢ, none longer than the norm bound.
+class RobustStrategy(SideBySideStrategy):
+    """θ ← θ + η·rule(rows), the rows being the round's updates Δᵢ, none longer than the norm bound.
 
     In this order: rows longer than the bound are scaled down to it; with `mixing: nearest` each is replaced by the mean
     of its n − f nearest; the rule makes one vector of them. Updates count alike: a weight is what a site says of
-    itself, and a hostile one would say much.
+    itself, and a hostile one would say much. All is computed in float64, and θ is rounded once.
 
-    A subclass states `needed`: (a, b) where a round needs a·f + b answers for the rule to hold what it promises.
+    The rows are read twice, and only a stretch of them is held. A subclass states `needed`: (a, b) where a round needs
+    a·f + b answers for the rule to hold what it promises. One with a slot has the last aggregate in it, and its rule
+    gets it as a last row, neither bounded nor mixed.
     """
 
     Options: ClassVar[type[BaseModel]] = RobustOptions
     needed: ClassVar[tuple[int, int]] = (2, 1)
+    #: whether the rule works with the inner products of different rows
+    pairwise: ClassVar[bool] = False
 
     options: RobustOptions
 
@@ -121,25 +127,50 @@ class RobustStrategy(IndividualsStrategy):
             f"{least}, so that a round with fewer is abandoned and tried again",
         )
 
-    def combine(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
+    def merge(self, table: SideBySide) -> None:
+        updates = table.updates
         wrong = self._too_few(len(updates))
         if wrong:
             raise RoundError(f"{wrong[0]}, and {len(updates)} answered in round {updates[0].round}", hint=wrong[1])
-        rows = rows_of(updates)
-        clip_rows_(rows, self._bound(rows))
-        if self.options.mixing == "nearest":
-            mix_nearest_(rows, self.options.f)
-        add_vector(state.theta, self.aggregate(rows, state, updates), lr=self.options.lr)
-        return state
+        slots, mixes = self.slot_names, self.options.mixing == "nearest"
+        columns = self.columns(num_columns(table), updates[0].round)
+        seen = survey(table, slots, pairwise=self.pairwise or mixes, columns=columns)
+        prepared = self._prepared(seen.products, len(updates))
+        samples = tuple(prepared.rows(sample) for sample in seen.samples)
+        combine = self.plan(Survey(prepared.products(seen.products), samples), updates)
+        for stretch, rows in all_rows(table, slots):
+            found = combine(prepared.rows(rows))
+            for slot in slots:
+                table.hold(slot, stretch, found)
+            theta = table.held(THETA, stretch)
+            table.hold(THETA, stretch, found.mul_(self.options.lr).add_(theta))
 
-    def _bound(self, rows: Tensor) -> float:
+    def _prepared(self, products: Tensor, num_updates: int) -> Prepared:
+        """How the first rows, which are the updates', are bounded and mixed; others are left alone."""
+        sent = products[:num_updates, :num_updates]
+        scales = torch.ones(len(products), dtype=torch.float64)
+        scales[:num_updates] = scales_within(sent, self._bound(sent))
+        if self.options.mixing == "none":
+            return Prepared(scales)
+        nearest = torch.eye(len(products), dtype=torch.float64)
+        bounded = Prepared(scales[:num_updates]).products(sent)
+        nearest[:num_updates, :num_updates] = nearest_rows(bounded, self.options.f)
+        return Prepared(scales, nearest)
+
+    def _bound(self, products: Tensor) -> float:
         if self.options.norm_bound == "median":
-            return self.options.norm_multiple * float(torch.quantile(norms(rows), 0.5))
+            return self.options.norm_multiple * float(torch.quantile(products.diagonal().sqrt(), 0.5))
         return self.options.norm_bound
 
-    @abstractmethod
-    def aggregate(self, rows: Tensor, state: ServerState, updates: Sequence[Update]) -> Tensor:
-        """One vector (d,) of the rows (n × d, the strategy's own), which come from these updates in this order.
+    def columns(self, num_columns: int, round: int) -> list[list[int]]:
+        """Sets of columns, each in ascending order, whose values the rule wants to see beforehand."""
+        return []
 
-        May change the state's slots, but not theta.
+    @abstractmethod
+    def plan(self, seen: Survey, updates: Sequence[Update]) -> Combine:
+        """What to make of the rows, which are bounded and mixed, and come from these updates in this order.
+
+        Args:
+            seen: the inner products of all rows if the strategy is `pairwise`, else their squares alone; and the
+                samples of `columns`.
         """

@@ -1,0 +1,136 @@
+"""Accepted updates in their sealed files, side by side with a global model in its own: read a stretch at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError
+from ..model.tensors import Layout
+from ..strategies.side_by_side import SideBySide, Stretch
+from ..strategies.update import Update
+from ..wire.frames import Frame, Piece
+from .frame_files import FrameWriter, StoredFrame
+from .vault import SealedFile
+
+#: chunks in hand at once: enough to keep reading, decrypting and adding busy, few enough to stay small
+WORKERS = min(2, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class StoredUpdate(Update):
+    """An accepted update whose tensors are in a sealed file; `channels` is empty.
+
+    Args:
+        frame: where each chunk belongs.
+        path, key: the sealed file.
+        base: the digest of the frame that its site started from.
+    """
+
+    frame: Frame | None = None
+    path: Path | None = None
+    key: bytes = b""
+    base: str = ""
+
+    def open(self) -> SealedFile:
+        assert self.path is not None
+        assert self.frame is not None
+        return SealedFile(self.path, self.key, self.frame.plan.chunk_bytes, writable=False)
+
+    def read(self, sealed: SealedFile, piece: Piece, out: Tensor) -> None:
+        """Decrypt one chunk into `out`, 1-D.
+
+        Raises:
+            StateError: it is damaged.
+        """
+        into = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
+        if sealed.read_into(piece.index, into) != piece.num_bytes:
+            raise StateError(
+                f"the update of site {self.site!r} for round {self.round} is damaged on this coordinator's disk",
+                hint="restore the blob store from a copy; the last committed round is untouched",
+            )
+
+
+class InFiles(SideBySide):
+    """A round's updates in sealed files, and a state in frames of which new ones are being written.
+
+    The last chunk of each update stays decrypted, so that reading from front to back decrypts every chunk once:
+    O(cohort × chunk) of memory, and that of one `sent`.
+
+    Args:
+        held: for each channel of the state the frame that it is in, and the one that is being made of it.
+    """
+
+    def __init__(
+        self, layout: Layout, updates: Sequence[StoredUpdate], held: Mapping[str, tuple[StoredFrame, FrameWriter]]
+    ) -> None:
+        super().__init__(layout, updates)
+        self._state = held
+        for frame, writer in {id(pair[1]): pair for pair in held.values()}.values():
+            writer.copy(frame)
+        self._readers = [_Reader(update) for update in updates]
+        self._pool = ThreadPoolExecutor(WORKERS)
+
+    def sent(self, stretch: Stretch, channel: str = "delta") -> list[Tensor]:
+        # all updates are cut alike: the first one's chunk is at hand where everyone's is
+        if self._readers[0].at_hand(channel, stretch):
+            return [reader.read(channel, stretch) for reader in self._readers]
+        return list(self._pool.map(lambda reader: reader.read(channel, stretch), self._readers))
+
+    def held(self, name: str, stretch: Stretch) -> Tensor:
+        return self._state[name][0].elements(name, stretch.dtype, stretch.start, stretch.stop)
+
+    def held_as(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        return self._state[name][0].frame.plan.held_as(name, dtype)
+
+    def _hold(self, name: str, stretch: Stretch, values: Tensor) -> None:
+        self._state[name][1].put(name, stretch.dtype, stretch.start, values)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+        for reader in self._readers:
+            reader.sealed.close()
+
+
+class _Reader:
+    """One update, read in stretches by one thread at a time."""
+
+    def __init__(self, update: StoredUpdate) -> None:
+        assert update.frame is not None
+        self.update, self.pieces = update, update.frame.plan.pieces
+        self.sealed = update.open()
+        # one buffer for all its chunks: to allocate each would leave holes in the heap that are twice their size
+        self._buffer = torch.empty(update.frame.plan.chunk_bytes, dtype=torch.uint8)
+        self._index = -1
+
+    def at_hand(self, channel: str, stretch: Stretch) -> bool:
+        """Whether a stretch lies in the chunk that was read last."""
+        parts = self.pieces.over(channel, stretch.dtype, stretch.start, stretch.stop)
+        return [part.index for part in parts] == [self._index]
+
+    def read(self, channel: str, stretch: Stretch) -> Tensor:
+        pieces = self.pieces.over(channel, stretch.dtype, stretch.start, stretch.stop)
+        found = [self._part(piece, stretch, copied=len(pieces) > 1) for piece in pieces]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _part(self, piece: Piece, stretch: Stretch, *, copied: bool) -> Tensor:
+        values = self._buffer[: piece.num_bytes].view(piece.held)
+        if piece.index != self._index:
+            self._index = -1  # a chunk that turns out damaged is in no one's hand
+            self.update.read(self.sealed, piece, values)
+            self._index = piece.index
+        part = values[max(stretch.start - piece.start, 0) : stretch.stop - piece.start]
+        return part.clone() if copied else part
