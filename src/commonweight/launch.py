@@ -29,7 +29,6 @@ from .federation.run import FederatedRun
 from .federation.shelf import FolderShelf
 from .federation.tally import Sites
 from .model.base import tokenizer_digest
-from .model.shapes import matrices
 from .recipe.load import check_methods, load_recipe
 from .recipe.resolved import recipe_differences, recipe_digest, recipe_text
 from .recipe.schema import Recipe
@@ -90,7 +89,7 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
         journal.bind(digests)
         seconds = time.perf_counter() - began
         layout = bench.partition["layout"]
-        parts = {site: _part(bench, site) for site in bench.shapes}
+        parts = {site: shape.facts(bench.theta.layout) for site, shape in bench.shapes.items()}
         events.emit("loaded", sites=list(sites.names)[:100], num_sites=len(sites.names), layout=layout, seconds=seconds)
         if parts:
             events.emit("parts", sites=parts)
@@ -199,19 +198,6 @@ def _facts(bench: Bench, digests: Mapping[str, str], trained: Mapping[str, Any])
         },
         "machine": {**_machine(), "device": str(bench.base.device), "workers": trained["workers"]},
         "adapter": {"digest": trained["adapter_digest"]},
-    }
-
-
-def _part(bench: Bench, site: str) -> dict[str, Any]:
-    """What a site holds of the adapter, where that may be less than all."""
-    shape = bench.shapes[site]
-    return {
-        "r": shape.rank,
-        "scale": shape.scale,
-        "modules": len(shape.modules),
-        "of_modules": len(matrices(bench.theta.layout)),
-        "parameters": shape.num_parameters,
-        "bytes": shape.layout.num_bytes,
     }
 
 

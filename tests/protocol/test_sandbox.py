@@ -30,7 +30,8 @@ EVALUATION = {"controls": ["base"], "samples": 1, "max_new_tokens": 4}
 
 def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """FedAvg; SCAFFOLD, with private state at the sites; a cohort that is a part of the sites; LoRA's halves frozen for
-    good (the frozen one is never sent) or in turn; and strategies that need each update by itself."""
+    good (the frozen one is never sent) or in turn; strategies that need each update by itself; and sites that send a
+    part of the adapter."""
     variants: dict[str, dict[str, Any]] = {
         "fedavg": {},
         "scaffold": {"strategy": "scaffold"},
@@ -41,6 +42,10 @@ def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp
         "flexlora": {"strategy": "flexlora"},
     }
     recipes = {name: make_recipe(name=name, federation=f, evaluation=EVALUATION) for name, f in variants.items()}
+    adapter = {"r": 4, "sites": {"south": {"r": 3, "alpha": 5, "layers": [1]}}, "budget": {"west": 0.5}}
+    model = {"name": recipes["fedavg"].model.name, "adapter": adapter}
+    hetlora = {"strategy": "hetlora"}
+    recipes["parts"] = make_recipe(name="parts", model=model, federation=hetlora, evaluation=EVALUATION)
     recipe, names, left_out = partitioned(recipes["fedavg"], 3)
     assert (recipe, list(names.values()), left_out) == (recipes["fedavg"], list(SITES), [])
     with Sandbox(tmp_path / "federation", recipe, names) as federation:
@@ -52,6 +57,7 @@ def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp
             for key in ("arms", "samples", "gains"):
                 assert without_seconds(found[key]) == without_seconds(expected[key]), (name, key)
             assert heard.count("round_committed") == 2
+            assert [r["bytes_up"] for r in found["rounds"]] == [r["bytes_up"] for r in expected["rounds"]], name
             folders = (tmp_path / name / "adapter", tmp_path / f"{name}-here" / "adapter")
             fetched, here = ((folder / "adapter_model.safetensors").read_bytes() for folder in folders)
             assert fetched == here, name

@@ -27,15 +27,9 @@ def use(strategy: str) -> Change:
     return lambda values: values["federation"].update(strategy=strategy)
 
 
-def without_shapes(values: dict[str, Any]) -> None:
-    values["model"]["adapter"].pop("budget")
-    use("fedavg")(values)
-
-
-#: a recipe for each column that asks for that feature and for nothing that its name does not say: (values, over a
-#: network); then what the refusal names instead, and how a recipe does that
+#: a recipe for each column that asks for that feature and no other: (values, over a network); then what the refusal
+#: names instead, and how a recipe does that
 ASKED: dict[str, tuple[Change, bool, str, Change]] = {
-    "sites of different shapes, over a network": (with_shapes, True, "model.adapter.budget", without_shapes),
     "runs over a network": (lambda values: None, True, "fedavg", use("fedavg")),
     "adapters other than lora, rslora": (
         lambda values: values["model"]["adapter"].update(kind="ia3"),
@@ -67,11 +61,7 @@ def test_every_column_has_a_recipe_that_asks_for_it_alone() -> None:
         values = plain("fedavg")
         change(values)
         recipe = Recipe.model_validate(values)
-        asked = [feature.name for feature in FEATURES if feature.asked(recipe, network)]
-        assert asked == [
-            name,
-            *(["runs over a network", "sites of different shapes"] if name.endswith(", over a network") else []),
-        ]
+        assert [feature.name for feature in FEATURES if feature.asked(recipe, network)] == [name]
 
 
 @pytest.mark.parametrize("strategy", registry.names("strategy"))

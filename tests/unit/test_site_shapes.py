@@ -8,7 +8,9 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,13 +21,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from commonweight.cli.progress import Progress
+from commonweight.coordinator.blobs import Blobs
+from commonweight.coordinator.frame_files import FrameFiles
+from commonweight.coordinator.plans import RunPlan
+from commonweight.coordinator.stored_model import StoredModel
+from commonweight.coordinator.stored_updates import StoredUpdate
+from commonweight.coordinator.vault import SealedFile
 from commonweight.engines.bench import Bench, build_bench
+from commonweight.engines.handshake import handshake
 from commonweight.engines.work import TaskWork
 from commonweight.errors import CommonweightError, RecipeError, SiteError
 from commonweight.evaluate.text import parts_in_words
 from commonweight.federation.folder import read_tensors
-from commonweight.federation.messages import TrainTask
+from commonweight.federation.messages import ChainTask, TrainTask
 from commonweight.launch import run
+from commonweight.lead.submit import prepare
 from commonweight.model.base import load_base
 from commonweight.model.shapes import Shape, matrices, shapes_of, worn
 from commonweight.model.tensors import Layout, NamedTensors
@@ -39,6 +49,9 @@ from commonweight.registry import names as registered
 from commonweight.registry import resolve
 from commonweight.result import open_result, score
 from commonweight.seeding import derive_seed
+from commonweight.site.policy import JobFacts
+from commonweight.site.settings import SiteSettings
+from commonweight.site.workshop import RecipeWorkshop
 from commonweight.strategies.base import ServerState
 from commonweight.strategies.lora.flexlora import FlexLoRA
 from commonweight.strategies.lora.hetlora import HetLoRA
@@ -47,6 +60,10 @@ from commonweight.strategies.update import Update, check
 from commonweight.train.local import LocalWork, Participant
 from commonweight.train.loss import LanguageModel
 from commonweight.train.sft import SupervisedFineTuning
+from commonweight.wire import protocol_pb2 as pb
+from commonweight.wire.frames import Channel, Plan, frame_of, piece_of
+from commonweight.wire.manifest import check_frame
+from commonweight.wire.refusals import Refusal, Refused
 from tests.unit.tiny_models import CPU, examples, participant, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
@@ -690,3 +707,105 @@ def test_a_strategy_for_one_shape_refuses_the_recipe_before_anything_is_loaded(
     with pytest.raises(CommonweightError, match="does not go with sites of different shapes") as refused:
         run(mixed("fedavg"), tmp_path / "run")
     assert "flexlora or hetlora" in str(refused.value.hint)
+
+
+# --- over a network -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [FlexLoRA, HetLoRA])
+def test_parts_in_files_give_the_bits_of_whole_tensors_in_memory(kind: type[PairsStrategy], tmp_path: Path) -> None:
+    chunk_bytes, files = 1024, FrameFiles(Blobs(str(tmp_path / "blobs"), tmp_path / "cache"), tmp_path / "scratch", "r")
+    strategy, state = started(kind)
+    initial = files.write({"theta": state.theta}, Plan(THETA, (Channel("theta"),), chunk_bytes))
+    leads = kind()
+    leads.shapes = SHAPES
+    stored = StoredModel(leads, files, initial.digest)
+    stored.first()
+    for number, sites in enumerate(ROUNDS, start=1):
+        cohort = cohort_of(number, sites)
+        stored.open()
+        for update in cohort:
+            shape = SHAPES.get(update.site)
+            channels = {"delta": update.delta if shape is None else shape.own(update.delta)}
+            plan, path = Plan(channels["delta"].layout, (Channel("delta"),), chunk_bytes), tmp_path / update.site
+            with SealedFile(path, bytes(32), chunk_bytes) as sealed:
+                for piece in plan.pieces:
+                    sealed.write(piece.index, piece_of(channels, piece))
+            frame = frame_of(channels, plan)
+            stored.fold(
+                StoredUpdate(update.site, number, {}, update.weight, 1, 1, 1, frame=frame, path=path, key=bytes(32))
+            )
+        state = closed(strategy, state, cohort)
+        stored.close(number)
+        assert stored.digest() == state.theta.digest()
+
+
+def test_a_coordinator_and_a_sites_policy_know_from_the_job_what_the_site_sends(mixed: MakeRecipe) -> None:
+    recipe = mixed(federation={"rounds": 1})
+    bench = build_bench(recipe)
+    plan = RunPlan.of(job_of(recipe, bench), ["flexlora"])
+    plan.check_initial()
+    assert plan.update_layout("north") == bench.theta.layout
+    for site, shape in bench.shapes.items():
+        assert plan.update_layout(site) == shape.layout
+        assert plan.parts[site] == shape.facts(bench.theta.layout)
+        frame = frame_of({"delta": bench.theta}, Plan(bench.theta.layout, (Channel("delta"),), 1024))
+        with pytest.raises(Refused) as refused:
+            check_frame(frame, plan.update_layout(site), ("delta",))
+        assert refused.value.code is Refusal.WRONG_SHAPE
+        initial = plan.initial.header
+        facts = JobFacts.of(
+            recipe,
+            run="r",
+            kind="train",
+            purpose="",
+            signer="lena",
+            signer_key="",
+            signer_role="lead",
+            must_match={},
+            initial=initial,
+            num_sites=3,
+            site=site,
+        )
+        assert facts.update_bytes == shape.layout.num_bytes
+
+
+def job_of(recipe: Recipe, bench: Bench) -> pb.Job:
+    frame = frame_of({"theta": bench.theta}, Plan(bench.theta.layout, (Channel("theta"),), 1024))
+    return pb.Job(id="run-1", recipe=recipe_text(recipe), must_match=handshake(bench), initial=frame.header)
+
+
+def test_a_networked_site_sends_its_part_with_the_bits_of_the_in_process_engine(
+    mixed: MakeRecipe, small_data: Path, tmp_path: Path
+) -> None:
+    """The recipe names a site as it is enrolled; in its own rows it may be called something else."""
+    recipe = mixed(federation={"rounds": 1})
+    bench, adapter = build_bench(recipe), recipe.model.adapter
+    enrolled = adapter.model_copy(update={"sites": {"clinic": adapter.sites["south"]}, "budget": {"south": 0.01}})
+    networked = recipe.model_copy(update={"model": recipe.model.model_copy(update={"adapter": enrolled})})
+    values = {
+        "name": "clinic",
+        "address": "localhost:1",
+        "data": {"path": str(small_data), "partition": "south"},
+        "device": "cpu",
+        "threads": 1,
+    }
+    workshop = RecipeWorkshop(SiteSettings.model_validate(values), tmp_path / "site")
+    workshop.join(job_of(networked, bench))
+    task, delta = TrainTask(1, "south", 0.01, 3), NamedTensors.zeros(bench.theta.layout)
+    TaskWork(bench, tmp_path, lambda _: None).train(task, {"theta": bench.theta}, delta, {})
+    work = workshop.train("run-1", TrainTask(1, "clinic", 0.01, 3), {"theta": bench.theta})
+    shape = bench.shapes["south"]
+    assert work.channels["delta"].layout == shape.layout
+    assert work.channels["delta"].digest() == shape.own(delta).digest()
+    chain = ChainTask("k", "local", ("clinic",), ((1, 0.01, 2),), ("clinic",), (), "controls/local/000")
+    alone = workshop.answer("run-1", chain, {"theta": bench.theta})
+    here = TaskWork(bench, tmp_path, lambda _: None).chain(replace(chain, sites=("south",), own=("south",)))
+    assert alone["final"]["clinic"] == here["final"]["south"]
+
+
+def test_a_lead_refuses_parts_of_sites_that_are_not_asked(mixed: MakeRecipe) -> None:
+    identity: Any = SimpleNamespace()  # refused before anything is signed
+    for sites, option in ((["north", "west"], "sites"), (["north", "south"], "budget")):
+        with pytest.raises(RecipeError, match=rf"model\.adapter\.{option} names"):
+            prepare(mixed(), identity, sites=sites)

@@ -199,7 +199,10 @@ class Conductor:
             roster.gather()
         first = roster.sites(journal.last_round() + 1)
         events.emit("loaded", sites=list(first.names)[:100], num_sites=len(first.names), layout="", seconds=0.0)
+        if plan.shapes:
+            events.emit("parts", sites=plan.parts)
         strategy = cast(Combining, plan.strategy(len(first.names)))
+        strategy.shapes = plan.shapes
         strategy.check(recipe.federation.cohort.size(len(first.names)))
         model = StoredModel(strategy, here.files(self.run_id), plan.initial.digest)
         trainable = sum(plan.layout.numels.values())
@@ -274,6 +277,7 @@ class Conductor:
                 },
                 "machine": {"workers": len(sites.names), "device": "network"},
                 "adapter": {"digest": model.digest()},
+                **({"parts": plan.parts} if plan.shapes else {}),
             }
         )
         write_json(self.folder / "metrics.json", record)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ..errors import RecipeError, StateError
 from ..federation.asynchronous import check_asynchronous
+from ..model.shapes import Shape, shapes_of
 from ..model.tensors import Layout
 from ..recipe.load import check_methods, parse_recipe
 from ..recipe.schema import Recipe
@@ -74,14 +76,39 @@ class RunPlan:
         return parse_header(self.job.initial)
 
     def check_initial(self) -> None:
-        """Raises Refused: the initial tensors are not one channel `theta`."""
+        """Whether the initial tensors are what the recipe makes of them.
+
+        Raises:
+            Refused: they are not one channel `theta`.
+            RecipeError: a site's part cannot be cut from them.
+        """
         channels = self.initial.plan.channels
         if channels != (Channel("theta"),):
             raise Refused(Refusal.WRONG_SHAPE, f"a job's initial tensors are one channel theta, not {len(channels)}")
+        _ = self.shapes
 
     @property
     def layout(self) -> Layout:
         return self.initial.plan.layout
+
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Of the sites that hold less than the whole adapter.
+
+        Raises:
+            RecipeError: one cannot be cut from the initial tensors.
+        """
+        return shapes_of(self.recipe.model.adapter, self.layout)
+
+    @cached_property
+    def parts(self) -> dict[str, Any]:
+        """What those sites hold, for people."""
+        return {site: shape.facts(self.layout) for site, shape in self.shapes.items()}
+
+    def update_layout(self, site: str) -> Layout:
+        """Of the tensors that a site sends."""
+        shape = self.shapes.get(site)
+        return self.layout if shape is None else shape.layout
 
     @cached_property
     def update_channels(self) -> tuple[str, ...]:

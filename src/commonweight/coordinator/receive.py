@@ -178,7 +178,7 @@ class Receiver:
             )
         self.check_size("the update", manifest.frame)
         chunk_bytes = plan.initial.plan.chunk_bytes
-        check_frame(manifest.frame, plan.layout, plan.update_channels, chunk_bytes=chunk_bytes)
+        check_frame(manifest.frame, plan.update_layout(manifest.site), plan.update_channels, chunk_bytes=chunk_bytes)
         try:
             check_weight(weight_of(manifest, plan), manifest.site, manifest.round)
         except UpdateRefused as error:

@@ -22,6 +22,7 @@ from ..strategies.asynchronous import AsynchronousStrategy
 from .access import ACTIVE
 from .answers import checked_facts
 from .engine import NetworkEngine
+from .plans import RunPlan
 from .store import TaskRow
 from .tasks import OPEN
 
@@ -176,7 +177,7 @@ class Roster:
             self.journal.put(f"roster/{round:04d}", record)
         names = tuple(record["sites"])
         self.engine.num_sites = len(names)
-        return _sites(names, joined)
+        return _sites(names, joined, self.plan)
 
     def present(self) -> Sites:
         """The sites that may be given work now, attending or not: newcomers are asked, and whoever has answered is
@@ -186,13 +187,15 @@ class Roster:
         names = {site for site, state in states.items() if state == "joined" and site in active}
         if names != set(self._sites.names):
             joined = self.joined()
-            self._sites = _sites(tuple(site for site in joined if site in names), joined)
+            self._sites = _sites(tuple(site for site in joined if site in names), joined, self.plan)
         return self._sites
 
 
-def _sites(names: tuple[str, ...], joined: Mapping[str, Mapping[str, Any]]) -> Sites:
+def _sites(names: tuple[str, ...], joined: Mapping[str, Mapping[str, Any]], plan: RunPlan) -> Sites:
     return Sites(
         names,
         {site: joined[site]["steps"] for site in names},
         {site: list(joined[site]["groups"]) for site in names},
+        # every site fetches the whole, which it evaluates too
+        bytes_up={site: shape.layout.num_bytes for site, shape in plan.shapes.items()},
     )

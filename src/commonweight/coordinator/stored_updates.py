@@ -76,11 +76,11 @@ class InFiles(SideBySide):
         self._state = held
         for frame, writer in {id(pair[1]): pair for pair in held.values()}.values():
             writer.copy(frame)
-        self._readers = [_Reader(update) for update in updates]
+        self._readers = [_reader(update, layout) for update in updates]
         self._pool = ThreadPoolExecutor(WORKERS)
 
     def sent(self, stretch: Stretch, channel: str = "delta") -> list[Tensor]:
-        # all updates are cut alike: the first one's chunk is at hand where everyone's is
+        # updates of one layout are cut alike: the first one's chunk is at hand where everyone's is
         if self._readers[0].at_hand(channel, stretch):
             return [reader.read(channel, stretch) for reader in self._readers]
         return list(self._pool.map(lambda reader: reader.read(channel, stretch), self._readers))
@@ -134,3 +134,30 @@ class _Reader:
             self._index = piece.index
         part = values[max(stretch.start - piece.start, 0) : stretch.stop - piece.start]
         return part.clone() if copied else part
+
+
+class _PartReader(_Reader):
+    """The update of a site that holds a part of the adapter: read a whole tensor at a time, zero beyond the part."""
+
+    def __init__(self, update: StoredUpdate, layout: Layout) -> None:
+        super().__init__(update)
+        assert update.frame is not None
+        own = update.frame.plan.layout.by_name
+        self._entries = {Stretch.of(entry): (entry, own.get(entry.name)) for entry in layout.entries}
+
+    def at_hand(self, channel: str, stretch: Stretch) -> bool:
+        _, own = self._entries[stretch]
+        return own is None or super().at_hand(channel, Stretch.of(own))
+
+    def read(self, channel: str, stretch: Stretch) -> Tensor:
+        whole, own = self._entries[stretch]
+        values = torch.zeros(whole.shape, dtype=stretch.dtype)
+        if own is not None:
+            part = super().read(channel, Stretch.of(own)).view(own.shape)
+            values[tuple(slice(size) for size in own.shape)] = part
+        return values.view(-1)
+
+
+def _reader(update: StoredUpdate, layout: Layout) -> _Reader:
+    assert update.frame is not None
+    return _Reader(update) if update.frame.plan.layout == layout else _PartReader(update, layout)

@@ -63,7 +63,8 @@ class Bench:
         rows = {n: len(batches.sequences(s.train, spec, self.pack_seed(n))) for n, s in self.sites.items()}
         steps = {name: spec.steps_within_budget(name, batches.num_steps(spec, rows[name])) for name in names}
         groups = {name: site.groups for name, site in self.sites.items()}
-        return Sites(names, steps, groups, {name: shape.layout.num_bytes for name, shape in self.shapes.items()})
+        parts = {name: shape.layout.num_bytes for name, shape in self.shapes.items()}
+        return Sites(names, steps, groups, bytes_up=parts, bytes_down=parts)
 
     def save(self, theta: NamedTensors, folder: Path, *, tokenizer: bool = False) -> None:
         """Write global tensors into a folder as an adapter that peft opens, with the tokenizer if asked for."""

@@ -21,13 +21,15 @@ class Sites:
         names: all of them.
         steps: optimizer steps a round, by site.
         groups: the group (patient, disease …) of each held-out row, by site.
-        bytes_a_copy: bytes of the tensors of sites that hold less than the whole adapter, by site.
+        bytes_up, bytes_down: bytes of one copy of the tensors that a site sends and fetches, by site, where that is
+            less than the whole.
     """
 
     names: tuple[str, ...]
     steps: Mapping[str, int]
     groups: Mapping[str, list[str]]
-    bytes_a_copy: Mapping[str, int] = field(default_factory=dict)
+    bytes_up: Mapping[str, int] = field(default_factory=dict)
+    bytes_down: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def _places(self) -> dict[str, int]:
@@ -61,7 +63,7 @@ class Tally:
 
     Args:
         layout: of the global tensors.
-        sites: those that hold less say so.
+        sites: those that send or fetch less say so.
     """
 
     lr: float
@@ -79,17 +81,13 @@ class Tally:
     def add(self, update: Update, *, relay: str = "") -> None:
         """Count an update; `relay`: by whose sum it came in."""
         self.updates += 1
-        self.bytes_up += self.bytes_of(update.site)
+        self.bytes_up += self.sites.bytes_up.get(update.site, self.layout.num_bytes)
         if relay:
             self.relays[relay] = self.relays.get(relay, 0) + 1
         self.steps += update.num_steps
         self.examples += update.num_examples
         self.label_tokens += update.num_label_tokens
         self.nats += update.metrics.get("loss", 0.0) * update.num_label_tokens
-
-    def bytes_of(self, site: str) -> int:
-        """Bytes of one copy of a site's tensors."""
-        return self.sites.bytes_a_copy.get(site, self.layout.num_bytes)
 
     def record(self, cohort: Iterable[str], strategy: Strategy, *, relays: bool = False) -> dict[str, Any]:
         """`bytes_up`: what sites send, `bytes_down`: what they fetch. With relays, `bytes_received`: what reaches the
@@ -99,6 +97,7 @@ class Tally:
             cohort: the sites that were given a task, one as often as it was.
         """
         copy, channels = self.layout.num_bytes, len(strategy.update_channels)
+        fetched = sum(self.sites.bytes_down.get(site, copy) for site in cohort)
         received = (self.updates - sum(self.relays.values())) * copy + len(self.relays) * self.layout.num_wide_bytes
         return {
             "lr": self.lr,
@@ -107,6 +106,6 @@ class Tally:
             "examples": self.examples,
             "label_tokens": self.label_tokens,
             "bytes_up": self.bytes_up * channels,
-            "bytes_down": sum(map(self.bytes_of, cohort)) * (1 + len(strategy.broadcast_channels)),
+            "bytes_down": fetched * (1 + len(strategy.broadcast_channels)),
             **({"bytes_received": received * channels} if relays else {}),
         }

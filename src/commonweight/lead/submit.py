@@ -88,6 +88,8 @@ def prepare(
         raise RecipeError("a site is named twice")
     if sites:  # of a run that is open to every site nobody knows the names yet
         require_sites(recipe.training.budget, sites, "training.budget")
+        require_sites(recipe.model.adapter.sites, sites, "model.adapter.sites")
+        require_sites(recipe.model.adapter.budget, sites, "model.adapter.budget")
     bench = model_bench(recipe)
     tensors = {"theta": bench.theta}
     frame = frame_of(tensors, plan_for(bench.theta.layout, (Channel("theta"),), chunk_bytes))

@@ -97,6 +97,24 @@ class Shape:
             self.part(name, start[name]).copy_(self.handed(name, theta[name]))
         return start
 
+    def own(self, tensors: NamedTensors) -> NamedTensors:
+        """The site's part of whole tensors, in its own layout; a copy."""
+        own = NamedTensors.empty(self.layout)
+        for name, tensor in own.items():
+            tensor.copy_(self.part(name, tensors[name]))
+        return own
+
+    def facts(self, layout: Layout) -> dict[str, Any]:
+        """What the site holds of an adapter of this layout, for people."""
+        return {
+            "r": self.rank,
+            "scale": self.scale,
+            "modules": len(self.modules),
+            "of_modules": len(matrices(layout)),
+            "parameters": self.num_parameters,
+            "bytes": self.layout.num_bytes,
+        }
+
     def beyond(self, tensors: NamedTensors) -> str | None:
         """The name of the first of these whole tensors that is not zero beyond the site's part, or None."""
         for name, tensor in tensors.items():

@@ -46,13 +46,6 @@ def _is(strategy: type[Any], attribute: str) -> Any:
 
 FEATURES = (
     Feature(
-        "sites of different shapes, over a network",
-        lambda recipe, network: bool(recipe.model.adapter.shaped) and network,
-        lambda strategy: False,
-        "a networked site holds the whole adapter",
-        "Leave model.adapter.sites and model.adapter.budget out, or carry the recipe out by `commonweight run`",
-    ),
-    Feature(
         "runs over a network",
         lambda recipe, network: network,
         lambda strategy: _is(strategy, "not_networked") == "",

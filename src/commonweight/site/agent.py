@@ -452,7 +452,8 @@ class Agent:
         return parcel
 
     def _parcel(self, task: pb.Task, known: KnownJob, work: Work) -> Parcel:
-        plan = plan_for(known.layout, tuple(Channel(name) for name in work.channels), known.chunk_bytes)
+        layout = work.channels["delta"].layout
+        plan = plan_for(layout, tuple(Channel(name) for name in work.channels), known.chunk_bytes)
         frame = frame_of(work.channels, plan)
         manifest = pb.Manifest(
             run=task.run,

@@ -135,7 +135,8 @@ class Gate:
         if job.id != run:
             raise AccessError(f"the job that came for run {run} is that of run {job.id[:128]!r}")
         plan = parse_header(job.initial).plan
-        return KnownJob(job, _facts(job, holder), plan.layout, plan.chunk_bytes)
+        facts = _facts(job, holder, self._identity().holder.name)
+        return KnownJob(job, facts, plan.layout, plan.chunk_bytes)
 
     def joined(self, run: str) -> None:
         self.records.set_job(run, "joined")
@@ -298,7 +299,7 @@ class Gate:
         return self.folder / "runs" / run / "job.signed"
 
 
-def _facts(job: pb.Job, holder: Holder) -> JobFacts:
+def _facts(job: pb.Job, holder: Holder, site: str) -> JobFacts:
     return JobFacts.of(
         validate(Recipe, read_source(job.recipe, "the job's recipe")),
         run=job.id,
@@ -310,6 +311,7 @@ def _facts(job: pb.Job, holder: Holder) -> JobFacts:
         must_match=job.must_match,
         initial=job.initial,
         num_sites=len(job.sites),
+        site=site,
     )
 
 

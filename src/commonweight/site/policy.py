@@ -28,6 +28,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from ..errors import PolicyError, RecipeError
 from ..evaluate.metrics import Scores
+from ..model.shapes import shapes_of
 from ..recipe.schema import Recipe, Section
 from ..registry import BUILT_IN, built_in, is_listed, resolve
 from ..strategies.base import Strategy
@@ -264,15 +265,18 @@ class JobFacts:
         must_match: Mapping[str, str],
         initial: bytes,
         num_sites: int,
+        site: str = "",
     ) -> Self:
         """The facts of a job.
 
         Args:
             must_match, initial: the job's fields of these names.
             num_sites: sites that the job names; 0: it asks every enrolled site.
+            site: this site's enrolled name: it may send less than others.
 
         Raises:
             Refused: `initial` is no frame's header.
+            RecipeError: it has no such part of the adapter as the recipe gives this site.
         """
         strategy = recipe.federation.strategy.name
         return cls(
@@ -288,7 +292,7 @@ class JobFacts:
             min_cohort=recipe.federation.min_sites,
             strategy=strategy,
             objective=recipe.training.objective.name,
-            update_bytes=_update_bytes(strategy, initial),
+            update_bytes=_update_bytes(recipe, initial, site),
             evaluation=True,  # every run ends with the result's scores
             samples=recipe.evaluation.samples,
             dp="none",  # a recipe of this version has neither noise nor masks
@@ -324,18 +328,19 @@ class JobFacts:
         )
 
 
-def _update_bytes(strategy: str, initial: bytes) -> int:
-    """Bytes of one update: a copy of the layout for each channel that the strategy's updates carry.
+def _update_bytes(recipe: Recipe, initial: bytes, site: str) -> int:
+    """Bytes of one update: a copy of the site's tensors for each channel that the strategy's updates carry.
 
     The code of a strategy that is not built in is not loaded before the policy has allowed it: a channel is counted for
     each that the global tensors have.
     """
-    plan = parse_header(initial).plan
+    plan, strategy = parse_header(initial).plan, recipe.federation.strategy.name
+    shape = shapes_of(recipe.model.adapter, plan.layout).get(site)
     num_channels = len(plan.channels)
     if strategy in built_in("strategy"):
         found: type[Strategy] = resolve("strategy", strategy)
         num_channels = len(found.update_channels)
-    return num_channels * plan.layout.num_bytes
+    return num_channels * (plan.layout if shape is None else shape.layout).num_bytes
 
 
 @dataclass(frozen=True)

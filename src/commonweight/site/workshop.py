@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -34,6 +34,7 @@ from .settings import SiteSettings
 
 __all__ = ["Cancelled", "RecipeWorkshop", "Work", "Workshop", "reason_for_others"]
 
+V = TypeVar("V")
 Channels = Mapping[str, NamedTensors]
 Answerable = EvaluateTask | SampleTask | ChainTask
 Progress = Callable[[str], None]
@@ -52,7 +53,8 @@ def quiet(note: str) -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """What a training task came to: the update's tensors, all of the base's layout, and its figures.
+    """What a training task came to: the update's tensors, all of one layout, and its figures. The layout is the base's,
+    or where the recipe gives this site a part of the adapter, that part's.
 
     Args:
         channels: `delta` (θᵢ − θ) and what else the strategy's correction sends (SCAFFOLD: `control`).
@@ -194,7 +196,8 @@ class RecipeWorkshop:
                 checkpoint=self._checkpoint(files, task, work, base_digest or _digest(tensors)),
                 on_step=lambda steps: progress(f"step {steps} of {task.steps}"),
             )
-            channels = {"delta": delta, **done.further}
+            shape = bench.shapes.get(self.local_name)
+            channels = {"delta": delta if shape is None else shape.own(delta), **done.further}
             _refuse_non_finite(channels)
             files.keep_private_state(task, done.state)
             # the loss of one batch says more of its few rows than a strategy that runs over a network asks for
@@ -274,16 +277,23 @@ class RecipeWorkshop:
         return bench
 
     def _recipe(self, job: JobLike) -> Recipe:
-        """The job's recipe over this site's rows and device, with its own budget under its name in these rows."""
+        """The job's recipe over this site's rows and device, with what it says of this site under its name in these
+        rows, and of no other."""
         if len(job.recipe) > _MAX_RECIPE_CHARACTERS:
             raise SiteError("the job's recipe is larger than 1 MiB: this is no recipe")
         recipe = validate(Recipe, read_source(job.recipe, "the job's recipe"))
         data = self.settings.data_spec(recipe.data, job.purpose)
         engine = recipe.engine.model_copy(update={"device": self.settings.device})
-        share = recipe.training.budget.get(self.settings.name)
-        budget = {} if share is None else {self.local_name: share}
-        training = recipe.training.model_copy(update={"budget": budget})
-        return recipe.model_copy(update={"data": data, "engine": engine, "training": training})
+        adapter, training = recipe.model.adapter, recipe.training
+        training = training.model_copy(update={"budget": self._own(training.budget)})
+        own = {"sites": self._own(adapter.sites), "budget": self._own(adapter.budget)}
+        model = recipe.model.model_copy(update={"adapter": adapter.model_copy(update=own)})
+        return recipe.model_copy(update={"data": data, "engine": engine, "training": training, "model": model})
+
+    def _own(self, by_site: Mapping[str, V]) -> dict[str, V]:
+        """This site's entry of a mapping by enrolled name, under its name in its rows."""
+        name = self.settings.name
+        return {self.local_name: by_site[name]} if name in by_site else {}
 
     def _gather(
         self, spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int

@@ -113,10 +113,10 @@ def parse_manifest(signed: SignedManifest, *, limits: Limits = LIMITS) -> Parsed
 
 
 def check_frame(frame: Frame, layout: Layout, channels: tuple[str, ...], *, chunk_bytes: int | None = None) -> None:
-    """Refuse an update whose tensors are not the run's.
+    """Refuse an update whose tensors are not those that the run asks of its site.
 
     Args:
-        layout: the layout of the run's global tensors.
+        layout: of the tensors that the site sends: the global ones', or that of its part.
         channels: the channels of the strategy's updates, in order; none is held wide.
         chunk_bytes: how the global tensors are cut; an update that is folded chunk by chunk must be cut alike.
 

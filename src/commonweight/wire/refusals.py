@@ -47,7 +47,7 @@ MEANING: Mapping[Refusal, str] = MappingProxyType(
         Refusal.REPLAYED: "another update of this site counts in this round already, or lies in this version's buffer",
         Refusal.STALE: "the work began from a version that lies further back than the strategy's `max_staleness`",
         Refusal.WRONG_BASE: "the work began from other global tensors than the task's",
-        Refusal.WRONG_SHAPE: "tensors, channels or chunk size are not the run's; the reason names what differs",
+        Refusal.WRONG_SHAPE: "tensors, channels or chunk size are not those asked for; the reason names what differs",
         Refusal.TOO_LARGE: "more bytes, tensors or values than are allowed",
         Refusal.NON_FINITE: "NaN or infinity in a tensor, which is named, or in a metric",
         Refusal.BAD_WEIGHT: "trained on nothing, or on an impossible number of examples, tokens or steps",
