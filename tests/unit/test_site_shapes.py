@@ -477,6 +477,29 @@ def test_what_flexlora_hands_to_a_site_is_the_nearest_that_its_rank_allows() -> 
             assert relative(SCALES[site] * B @ A, best) < 1e-12
 
 
+def test_flexlora_filled_up_is_the_old_product_and_the_mean_of_what_the_parts_changed() -> None:
+    strategy = FlexLoRA(FlexLoRA.Options(fill=True))
+    strategy.shapes = SHAPES
+    state = strategy.init(initial())
+    for number, sites in enumerate(ROUNDS, start=1):
+        before, cohort = state.theta.clone(), cohort_of(number, sites)
+        state = closed(strategy, state, cohort)
+        for block, name in LAYERS:
+            held = [update for update in cohort if update.site in HOLDERS[name]]
+            if not held:
+                continue
+            W, total = product(before, block, name), sum(update.weight for update in held)
+            for update in held:
+                B, A = own_factors(before, update, block, name)
+                dB, dA = (update.delta[layer(block, name, letter)].numpy() for letter in "BA")
+                r = RANKS[update.site]
+                was = (B - dB[:, :r]) @ (A - dA[:r])
+                W = W + update.weight / total * SCALES[update.site] * (B @ A - was)
+            u, s, vt = np.linalg.svd(W, full_matrices=False)
+            best = (u[:, :RANK] * s[:RANK]) @ vt[:RANK]
+            assert relative(product(state.theta, block, name), best) < 1e-11
+
+
 def test_a_module_that_one_site_holds_is_not_worn_away_by_those_that_do_not() -> None:
     strategy, state = started(FlexLoRA)
     before, cohort = state.theta.clone(), cohort_of(1, ("low", "part"))
@@ -526,13 +549,13 @@ def test_hetlora_keeps_what_no_site_of_the_round_holds_and_all_while_there_is_no
     assert closed(strategy, state, cohort).theta.digest() == before.digest()
 
 
-@pytest.mark.parametrize("kind", [FlexLoRA, HetLoRA])
-def test_a_site_that_is_named_but_holds_all_changes_no_bit(kind: type[PairsStrategy]) -> None:
+@pytest.mark.parametrize(("kind", "options"), [(FlexLoRA, {}), (FlexLoRA, {"fill": True}), (HetLoRA, {})])
+def test_a_site_that_is_named_but_holds_all_changes_no_bit(kind: type[PairsStrategy], options: dict[str, Any]) -> None:
     everything = shapes_of(AdapterSpec(r=RANK, budget={"whole": 1.0}), THETA)
     cohort = cohort_of(1, ("whole",))
     digests = set()
     for shapes in ({}, everything):
-        strategy = kind()
+        strategy = kind(kind.Options(**options))
         strategy.shapes = shapes
         digests.add(closed(strategy, strategy.init(initial()), cohort).theta.digest())
     assert len(digests) == 1
