@@ -63,7 +63,8 @@ def partitioned(recipe: Recipe, sites: int | None = None) -> tuple[Recipe, dict[
         sites: how many there are to be; None: as the recipe's data fall.
 
     Returns:
-        The recipe; the parts of its data by site, in the order of folding; a sentence for each thing left out.
+        The recipe, which names sites as they enrol; the parts of its data by site, in the order of folding; a sentence
+        for each thing left out.
 
     Raises:
         RecipeError: the data fall to another number of sites, or are in no file.
@@ -89,7 +90,22 @@ def partitioned(recipe: Recipe, sites: int | None = None) -> tuple[Recipe, dict[
             hint="leave --sites out; or keep fewer by --set data.sites.largest=N",
         )
     check_cohort(len(names), recipe.federation)
-    return recipe, dict(zip(site_names(names), names, strict=True)), left_out
+    enrolled = site_names(names)
+    recipe = _by_enrolled_name(recipe, dict(zip(names, enrolled, strict=True)))
+    return recipe, dict(zip(enrolled, names, strict=True)), left_out
+
+
+def _by_enrolled_name(recipe: Recipe, enrolled: Mapping[str, str]) -> Recipe:
+    """What a recipe says of single sites, said of them under the names by which they enrol; unknown ones stay."""
+
+    def renamed(by_site: Mapping[str, Any]) -> dict[str, Any]:
+        return {enrolled.get(name, name): value for name, value in by_site.items()}
+
+    adapter, training = recipe.model.adapter, recipe.training
+    training = training.model_copy(update={"budget": renamed(training.budget)})
+    parts = {"sites": renamed(adapter.sites), "budget": renamed(adapter.budget)}
+    model = recipe.model.model_copy(update={"adapter": adapter.model_copy(update=parts)})
+    return recipe.model_copy(update={"model": model, "training": training})
 
 
 def site_names(parts: Sequence[str]) -> list[str]:

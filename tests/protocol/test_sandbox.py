@@ -179,6 +179,24 @@ def test_the_number_of_sites(make_recipe: MakeRecipe) -> None:
         partitioned(counted, 400)
 
 
+def test_what_a_recipe_says_of_a_site_is_said_of_it_under_the_name_by_which_it_enrols(
+    make_recipe: MakeRecipe, small_data: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(small_data.read_text().replace('"site": "north"', '"site": "St. Mary\'s, North"'))
+    adapter = {"r": 4, "sites": {"St. Mary's, North": {"r": 2}, "elsewhere": {"r": 1}}, "budget": {"south": 0.5}}
+    recipe = make_recipe(
+        data={"path": str(rows)},
+        model={"name": make_recipe().model.name, "adapter": adapter},
+        training={"budget": {"St. Mary's, North": 0.5, "west": 0.25}},
+        federation={"strategy": "flexlora"},
+    )
+    recipe, names, _ = partitioned(recipe)
+    assert names == {"south": "south", "st.-marys-north": "St. Mary's, North", "west": "west"}
+    assert recipe.model.adapter.shaped == ("st.-marys-north", "elsewhere", "south")
+    assert recipe.training.budget == {"st.-marys-north": 0.5, "west": 0.25}
+
+
 def test_a_hubs_rows_are_no_sites_rows(make_recipe: MakeRecipe) -> None:
     with pytest.raises(RecipeError, match="there is no somebody/some-rows"):
         partitioned(make_recipe(data={"path": "somebody/some-rows"}))
