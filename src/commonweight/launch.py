@@ -83,7 +83,7 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
         check_relays(sites.names, recipe.federation)
         strategy = _strategy(recipe, len(sites.names))
         strategy.check(recipe.federation.cohort.size(len(sites.names)))
-        check_asynchronous(recipe, strategy, len(sites.names))
+        check_asynchronous(recipe, len(sites.names))
         clock = _clock(recipe, sites)
         digests = _digests(recipe, bench)
         journal.bind(digests)

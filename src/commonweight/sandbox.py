@@ -31,6 +31,7 @@ from .data.names import listed
 from .data.sites import load_sites
 from .errors import CommonweightError, RecipeError, RoundError, UnreachableError
 from .evaluate.report import read_metrics
+from .federation.asynchronous import check_asynchronous
 from .federation.cohort import check_cohort
 from .federation.events import Listener
 from .federation.folder import storage_errors, write_text
@@ -90,6 +91,7 @@ def partitioned(recipe: Recipe, sites: int | None = None) -> tuple[Recipe, dict[
             hint="leave --sites out; or keep fewer by --set data.sites.largest=N",
         )
     check_cohort(len(names), recipe.federation)
+    check_asynchronous(recipe, len(names))
     enrolled = site_names(names)
     recipe = _by_enrolled_name(recipe, dict(zip(names, enrolled, strict=True)))
     return recipe, dict(zip(enrolled, names, strict=True)), left_out

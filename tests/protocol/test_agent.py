@@ -812,6 +812,23 @@ def test_a_refused_update_is_over(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
+def test_a_stale_update_is_no_error_and_work_of_a_later_version_follows(tmp_path: Path) -> None:
+    """Rounds of an asynchronous run rise from task to task, and skip."""
+
+    async def scene(stage: Stage) -> None:
+        stage.coordinator.refuse = ("stale", "it is 3 versions behind, more than max_staleness 2")
+        stage.offer("t")
+        assert (await stage.ended("t")).state == FAILED
+        assert stage.site.events("update.refused")[0]["code"] == "stale"
+        assert stage.site.audited("update refused")[0]["code"] == "stale"
+        stage.coordinator.refuse = None
+        stage.offer("u", round=3)
+        assert (await stage.ended("u")).state == DONE
+        assert [record["round"] for record in stage.site.events("update.accepted")] == [3]
+
+    play(tmp_path, scene)
+
+
 def test_a_finished_update_survives_a_new_agent(tmp_path: Path) -> None:
     async def scene(stage: Stage) -> None:
         site, coordinator = stage.site, stage.coordinator

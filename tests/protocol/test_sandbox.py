@@ -1,4 +1,5 @@
-"""A whole federation of processes, over TLS: the bits of a run on one machine, and nothing left behind."""
+"""A whole federation of processes, over TLS: the bits of a run on one machine where there are rounds, and nothing left
+behind."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ from tests.conftest import SITES
 from tests.unit.command_line import call
 
 MakeRecipe = Callable[..., Recipe]
+FEDBUFF = {"rounds": 4, "strategy": {"name": "fedbuff", "buffer": 2}}
 EVALUATION = {"controls": ["base"], "samples": 1, "max_new_tokens": 4}
 
 
@@ -61,6 +63,7 @@ def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp
             folders = (tmp_path / name / "adapter", tmp_path / f"{name}-here" / "adapter")
             fetched, here = ((folder / "adapter_model.safetensors").read_bytes() for folder in folders)
             assert fetched == here, name
+        no_rounds(federation, make_recipe(name="fedbuff", federation=FEDBUFF, evaluation=EVALUATION), tmp_path)
         policy = load_policy(tmp_path / "federation" / "sites" / "north")
         assert policy.models == [expected["model"]["digest"]]
         assert policy.signers != ["any"]
@@ -74,6 +77,21 @@ def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp
         assert "task.done" in error.value.hint, "the end of its log"
         processes = [part.process.pid for part in (*federation._sites, *federation._coordinator)]
     assert not any(psutil.pid_exists(pid) for pid in processes)
+
+
+def no_rounds(federation: Sandbox, recipe: Recipe, folder: Path) -> None:
+    """An asynchronous run, from end to end: each version of two sites' updates, in the order in which they came."""
+    heard: list[str] = []
+    found = federation.carry_out(recipe, folder / "fedbuff", lambda event, _: heard.append(event))
+    assert heard.count("round_committed") == 4
+    updates = [update for version in found["rounds"] for update in version["updates"]]
+    assert len(updates) == len({(update["site"], update["version"]) for update in updates}) == 8
+    for number, version in enumerate(found["rounds"]):
+        assert sorted(u["site"] for u in version["updates"]) == sorted(version["answered"])
+        assert [u["staleness"] for u in version["updates"]] == [number - u["version"] for u in version["updates"]]
+    assert sum(found["arrivals"]["shares"].values()) == pytest.approx(1.0)
+    assert found["arms"]["federated"]["macro_loss"] < found["arms"]["base"]["macro_loss"]
+    assert "versions behind on average" in (folder / "fedbuff" / "report.html").read_text(encoding="utf-8")
 
 
 def a_person_approves(federation: Sandbox, recipe: Recipe, model: str, folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from commonweight.coordinator.stored_model import StoredModel
+from commonweight.errors import StorageError
 from commonweight.model.tensors import NamedTensors
 from commonweight.wire import protocol_pb2 as pb
 from commonweight.wire.frames import parse_header
 
-from .federations import Coordinator, Hand, Site, theta, wait_for
+from .federations import WAIT_S, Coordinator, Hand, Site, theta, wait_for
 
 ACCEPTED, REFUSED = pb.UploadStatus.ACCEPTED, pb.UploadStatus.REFUSED
 
@@ -106,6 +110,7 @@ def test_a_slow_site_blocks_nobody_and_its_late_update_counts_less(
             assert site.update(site.task(round=number, run=run), delta(given)).state == ACCEPTED
         record = committed(lead, run, number)
         assert [u["staleness"] for u in record["updates"]] == [0] * len(record["updates"])
+    assert slow.call("Transfer/Fetch", pb.FetchRequest(run=run, frame=late.base)), "what it started from is there"
     numbers["slow", 0], numbers["quick", 3] = 7.0, 0.5
     assert slow.update(late, delta(7.0)).state == ACCEPTED
     if strategy == "fedbuff":
@@ -232,7 +237,7 @@ def test_a_run_ends_when_so_many_failed_that_no_buffer_can_fill(coordinator: Coo
     ("strategy", "federation", "words"),
     [
         ({"name": "fedbuff", "buffer": 4}, {"sites": ["a", "b"]}, "only 2 of 2 work at once"),
-        ({"name": "fedbuff", "buffer": 4}, {"cohort": 3}, "only 3 of"),
+        ({"name": "fedbuff", "buffer": 4}, {"cohort": 3}, "only 3 work at once"),
         ({"name": "fedasync"}, {"min_sites": 2}, "min_sites is 2, but a version of fedasync takes in the updates of 1"),
     ],
 )
@@ -242,3 +247,53 @@ def test_settings_that_no_version_could_meet_are_refused_at_once(
     sites_of(coordinator, *federation.get("sites", ()))
     denial = lead.denied("Control/Submit", lead.sign(lead.job(strategy=strategy, **federation)))
     assert words in denial.message, denial
+
+
+def test_what_comes_while_a_version_is_combined_goes_into_the_next_and_a_crash_then_loses_nothing(
+    coordinator: Coordinator, lead: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database is lost as the first version is combined; whoever leads next combines the very same."""
+    combine, begun, go_on, tries = StoredModel.close, threading.Event(), threading.Event(), list[list[str]]()
+
+    def interrupted(model: StoredModel, round: int) -> dict[str, Any]:
+        tries.append([update.site for update in model._updates])
+        begun.set()
+        assert go_on.wait(WAIT_S)
+        if len(tries) == 1:
+            raise StorageError("the database went away", retry=True)
+        return combine(model, round)
+
+    monkeypatch.setattr(StoredModel, "close", interrupted)
+    sites = {site.name: site for site in sites_of(coordinator, "a", "b", "c", "d")}
+    run = submit(lead, {"name": "fedbuff", "buffer": 2}, rounds=2)
+    tasks = {name: site.task(run=run) for name, site in sites.items()}
+    for name in ("c", "a"):
+        assert sites[name].update(tasks[name], delta(1.0)).state == ACCEPTED
+    assert begun.wait(WAIT_S)
+    for name in ("d", "b"):
+        assert sites[name].update(tasks[name], delta(2.0)).state == ACCEPTED
+    assert lead.run(run)["history"] == []
+    go_on.set()
+    ended = lead.wait(run)
+    assert tries == [["c", "a"], ["c", "a"], ["d", "b"]]
+    assert [r["answered"] for r in ended["history"]] == [["c", "a"], ["d", "b"]]
+    numbers = {("c", 0): 1.0, ("a", 0): 1.0, ("d", 0): 2.0, ("b", 0): 2.0}
+    np.testing.assert_allclose(fetched(lead, run), expected(ended["history"], numbers, "fedbuff"), rtol=1e-5, atol=1e-5)
+    assert [len(r["updates"]) for r in ended["history"]] == [2, 2]
+
+
+def test_a_site_that_joins_on_the_way_fills_a_buffer_that_waits(coordinator: Coordinator, lead: Hand) -> None:
+    """Of two sites one leaves for good; nobody gives the run up, and a third that comes is given work at once."""
+    stays, leaves = sites_of(coordinator, "stays", "leaves")
+    run = submit(lead, {"name": "fedbuff", "buffer": 2}, rounds=1)
+    leaves.task(run=run)
+    leaves.stay.leave()
+    assert stays.update(stays.task(run=run)).state == ACCEPTED
+    wait_for(lambda: [e for e in lead.events(run) if e["event"] == "site_away" and e["site"] == "leaves"])
+    assert lead.run(run)["state"] == "running"
+    comes = coordinator.site("comes", train=idle)
+    assert comes.update(comes.task(run=run)).state == ACCEPTED
+    ended = lead.wait(run)
+    assert ended["history"][0]["answered"] == ["stays", "comes"]
+    metrics = b"".join(p.content for p in lead.call("Control/GetFile", pb.FileRequest(run=run, name="metrics.json")))
+    assert json.loads(metrics)["arrivals"] == {"staleness": {"0": 2}, "shares": {"comes": 0.5, "stays": 0.5}}

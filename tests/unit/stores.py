@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from commonweight.coordinator.store import Lease, Store, StoreJournal, TaskRow, Upload
 from commonweight.coordinator.tables import metadata
 from commonweight.federation.round import Round, Verdict
+from commonweight.federation.version import Version
 
 LEASE_S = 10.0
 
@@ -68,6 +69,13 @@ def open_round(store: Store, lease: Lease, number: int = 1, **changes: Any) -> N
     round = Round(number, **{**values, **changes})
     store.open_round(lease, round, f"base{number}")
     store.add_tasks(lease, [task(site, number, lease.run) for site in round.cohort])
+
+
+def open_version(store: Store, lease: Lease, number: int = 1, sites: str = "abc", **changes: Any) -> None:
+    """A version that takes in two updates, at most one version stale, of six; and tasks from the one before."""
+    values = {"buffer": 2, "max_staleness": 1, "last": 6}
+    store.open_round(lease, Version.first(number, **{**values, **changes}), f"base{number}")
+    store.add_tasks(lease, [task(site, number, lease.run) for site in sites])
 
 
 def answer(store: Store, site: str, number: int = 1, run: str = "r1", manifest: bytes = b"first") -> Verdict:

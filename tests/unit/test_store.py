@@ -31,7 +31,8 @@ from commonweight.coordinator.store import (
     verify_head,
 )
 from commonweight.errors import AccessError, StateError
-from commonweight.federation.round import Answered, Committed, DeadlinePassed, Failed, Phase, Round
+from commonweight.federation.round import Answered, Committed, DeadlinePassed, Failed, Phase, Round, Verdict
+from commonweight.federation.version import Version
 from commonweight.wire.refusals import Refusal, Refused
 from tests.postgres import Cluster, postgres  # noqa: F401  (a fixture)
 
@@ -45,6 +46,7 @@ from .stores import (
     everything,
     lead,
     open_round,
+    open_version,
     task,
     upload,
 )
@@ -1148,3 +1150,114 @@ def test_the_tables_hold_nothing_that_a_test_here_did_not_fill(store: Store, led
     assert {name for name, rows in everything(store).items() if not rows} == set()
     assert set(everything(store)) == {table.name for table in tables.metadata.sorted_tables}
     assert sa.inspect(store.database._writers).get_table_names()
+
+
+# --- versions
+
+
+def version(store: Store, number: int) -> Version:
+    found = store.round_state("r1", number)
+    assert found is not None
+    assert isinstance(found[0], Version)
+    return found[0]
+
+
+def test_the_next_version_opens_as_a_buffer_fills(store: Store) -> None:
+    add_run(store)
+    lease = lead(store)
+    commit(store, lease, 0)
+    open_version(store, lease)
+    assert answer(store, "b").accepted
+    assert answer(store, "b").accepted, "once more is nothing new"
+    assert store.round_state("r1", 2) is None
+    assert answer(store, "a").accepted
+    assert version(store, 1).answers == (("b", 0), ("a", 0))
+    assert version(store, 1).phase is Phase.CLOSED
+    assert answer(store, "c").accepted, "the first is not combined yet"
+    assert version(store, 2).answers == (("c", 0),)
+    assert store.bases_in_use("r1") == {"base"}
+    commit(store, lease, 1)
+    assert [u.site for u in store.spent_uploads("r1")] == ["a", "b"], "what lies in the next buffer stays"
+    assert [u.site for u in store.accepted_uploads("r1", 1)] == ["c"]
+    known, _ = store.open_round(lease, Version.first(2, 2, 1, 6), "base2")
+    assert known == version(store, 2)
+
+
+def test_an_update_that_is_too_stale_is_refused_and_a_task_that_would_be_is_withdrawn(store: Store) -> None:
+    add_run(store)
+    lease = lead(store)
+    commit(store, lease, 0)
+    open_version(store, lease, sites="abcd")
+    on_its_way = store.open_upload(upload("c"))
+    for number in (1, 2):
+        for site in "ab":
+            assert answer(store, site, number).accepted
+        if number == 1:
+            commit(store, lease, 1)
+            assert set(store.open_training("r1").values()) == {("c", 1), ("d", 1)}
+            open_version(store, lease, 2, sites="ab")
+    verdict = store.accept_upload(on_its_way.id)
+    assert (verdict.accepted, verdict.reason) == (
+        False,
+        "it is 2 versions behind, more than max_staleness 1; fresh work is given out instead",
+    )
+    found = store.upload(on_its_way.id)
+    assert found is not None
+    assert (found.state, found.code) == ("refused", Refusal.STALE)
+    with pytest.raises(Refused) as refused:
+        store.open_upload(upload("d"))
+    assert refused.value.code is Refusal.STALE
+    commit(store, lease, 2)
+    assert store.open_training("r1") == {}
+    late = store.task(task("d").id)
+    assert late is not None
+    assert (late.state, "too stale" in late.reason) == ("withdrawn", True)
+
+
+def test_two_updates_for_one_task_count_once_though_a_version_lies_between(store: Store) -> None:
+    add_run(store)
+    lease = lead(store)
+    commit(store, lease, 0)
+    open_version(store, lease)
+    second = store.open_upload(upload("a", manifest=b"second"))
+    assert answer(store, "a").accepted
+    assert answer(store, "b").accepted
+    assert version(store, 2).phase is Phase.OPEN
+    assert not store.accept_upload(second.id).accepted
+    found = store.upload(second.id)
+    assert found is not None
+    assert found.code == Refusal.REPLAYED
+    assert version(store, 2).answers == ()
+
+
+def test_after_the_last_version_nothing_is_accepted_and_every_task_is_over(store: Store) -> None:
+    add_run(store)
+    lease = lead(store)
+    commit(store, lease, 0)
+    open_version(store, lease, last=1)
+    assert answer(store, "a").accepted
+    assert answer(store, "b").accepted
+    with pytest.raises(Refused) as refused:
+        answer(store, "c")
+    assert refused.value.code is Refusal.ENOUGH
+    assert store.round_state("r1", 2) is None
+    commit(store, lease, 1)
+    assert store.open_training("r1") == {}
+
+
+def test_many_answers_at_one_instant_fill_buffer_after_buffer(another: Callable[[], Store]) -> None:
+    """By several replicas: each update is in one buffer, each buffer but the last is full."""
+    stores = [another() for _ in range(4)]
+    sites = [f"s{k}" for k in range(11)]
+    add_run(stores[0])
+    lease = lead(stores[0])
+    commit(stores[0], lease, 0)
+    stores[0].open_round(lease, Version.first(1, 2, 9, 9), "base1")
+    stores[0].add_tasks(lease, [task(site) for site in sites])
+    names = [stores[0].open_upload(upload(site)).id for site in sites]
+    verdicts = at_once(len(sites), lambda k: stores[k % 4].accept_upload(names[k]))
+    assert verdicts == [Verdict(True)] * len(sites)
+    found = [version(stores[0], number) for number in range(1, 7)]
+    assert [len(one.answers) for one in found] == [2, 2, 2, 2, 2, 1]
+    assert sorted(site for one in found for site in one.answered) == sorted(sites)
+    assert stores[0].round_state("r1", 7) is None

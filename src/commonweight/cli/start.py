@@ -118,11 +118,13 @@ def validate(
 ) -> None:
     """Check a recipe without running it."""
     begin(json)
+    from ..federation.asynchronous import check_asynchronous
     from ..recipe.load import check_methods, load_recipe
     from ..recipe.resolved import recipe_digest
 
     loaded = load_recipe(recipe, set_ or ())
     check_methods(loaded, network=network)
+    check_asynchronous(loaded, None)
     partition = _partition(loaded) if data else None
     if json:
         print_json(
@@ -145,6 +147,7 @@ def validate(
 
 def _partition(recipe: Any) -> dict[str, Any]:
     from ..data.sites import load_sites
+    from ..federation.asynchronous import check_asynchronous
     from ..federation.cohort import check_cohort
     from ..model.base import load_tokenizer
 
@@ -153,4 +156,5 @@ def _partition(recipe: Any) -> dict[str, Any]:
         recipe.data, seed=recipe.seed, tokenizer=tokenizer, max_tokens=recipe.training.max_tokens
     )
     check_cohort(len(sites), recipe.federation)
+    check_asynchronous(recipe, len(sites))
     return partition

@@ -17,7 +17,6 @@ from ..recipe.schema import Recipe
 from ..registry import built_in, is_listed, resolve
 from ..strategies.base import Strategy
 from ..wire.frames import Channel, Frame, parse_header
-from ..wire.messages import MAX_SITES
 from ..wire.protocol_pb2 import Job
 from ..wire.refusals import Refusal, Refused
 from .store import Store
@@ -53,8 +52,7 @@ class RunPlan:
         check_methods(recipe, network=True, objective=recipe.training.objective.name in built_in("objective"))
         plan = cls(job, recipe)
         strategy = plan.strategy(1)
-        # of a run that is open to every site nobody knows how many there will be
-        check_asynchronous(recipe, strategy, len(job.sites) or MAX_SITES)
+        check_asynchronous(recipe, len(job.sites) or None)
         if not isinstance(strategy, Combining):
             raise RecipeError(
                 f"federation.strategy {name!r} is none of the kinds that a coordinator, which combines from files, can "

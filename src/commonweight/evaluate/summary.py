@@ -180,7 +180,7 @@ def summary_paragraphs(metrics: Metrics) -> list[list[str]]:
     parts: tuple[tuple[Callable[[Metrics], str], ...], ...] = (
         (_who, _losses, _perplexity),
         (_verdicts, _pooling),
-        (_what_left, _missing_answers, _privacy, _simulation),
+        (_what_left, _missing_answers, _arrivals, _privacy, _simulation),
     )
     written = [[text for part in group if (text := part(metrics))] for group in parts]
     return [paragraph for paragraph in written if paragraph]
@@ -280,6 +280,24 @@ def _missing_answers(metrics: Metrics) -> str:
         return ""
     why = listed([f"{count(n)} {word}" for n, word in ((failed, "failed"), (late, "came too late")) if n])
     return f"Of {count(asked)} answers asked of the sites, {why}; those rounds went on without them."
+
+
+def _arrivals(metrics: Metrics) -> str:
+    """Of an asynchronous run: how stale updates were, and who brought most of them."""
+    staleness, shares = dig(metrics, "arrivals", "staleness"), dig(metrics, "arrivals", "shares")
+    if not staleness or not shares:
+        return ""
+    total = sum(staleness.values())
+    mean = sum(int(versions) * found for versions, found in staleness.items()) / total
+    most, least = max(shares.values()), min(shares.values())
+    text = (
+        f"The {count(total)} updates were made from a model that was {number(mean, 1)} versions behind on average, "
+        f"{count(max(map(int, staleness)))} at most"
+    )
+    absent = num_sites(metrics) - len(shares)
+    if absent > 0:
+        return f"{text}; the busiest site brought {percent(most)} of them, and {counted(absent, 'site')} none."
+    return f"{text}; the busiest site brought {percent(most)} of them, the least busy {percent(least)}."
 
 
 def _what_left(metrics: Metrics) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 from ..errors import QuorumError, RecipeError, UpdateRefused
 from ..model.tensors import NamedTensors
 from ..recipe.schema import CohortSpec, Recipe
+from ..registry import resolve
 from ..seeding import derive_seed
 from ..strategies.asynchronous import AsynchronousStrategy
 from ..strategies.base import Strategy
@@ -312,25 +313,32 @@ class AsynchronousRun:
                 file.unlink(missing_ok=True)
 
 
-def check_asynchronous(recipe: Recipe, strategy: Strategy, num_sites: int) -> None:
+def check_asynchronous(recipe: Recipe, num_sites: int | None) -> None:
     """Refuse an asynchronous strategy whose settings no version could meet.
+
+    Args:
+        num_sites: all of them; None: nobody knows yet.
 
     Raises:
         RecipeError: its buffer takes more sites than work at once, or fewer than must answer.
     """
+    method, spec = recipe.federation.strategy, recipe.federation
+    kind = resolve("strategy", method.name)
+    strategy = kind(kind.Options(**method.options))
     if not isinstance(strategy, AsynchronousStrategy):
         return
-    if recipe.federation.min_sites > strategy.buffer:
+    if spec.min_sites > strategy.buffer:
         raise RecipeError(
-            f"federation.min_sites is {recipe.federation.min_sites}, but a version of {strategy.name} takes in the "
-            f"updates of {strategy.buffer}",
+            f"federation.min_sites is {spec.min_sites}, but a version of {strategy.name} takes in the updates of "
+            f"{strategy.buffer}",
             hint="lower min_sites, or use fedbuff with a buffer that is as large",
         )
-    at_once = recipe.federation.cohort.size(num_sites)
-    if strategy.buffer > at_once:
+    at_once = spec.cohort.count if num_sites is None else spec.cohort.size(num_sites)
+    if at_once is not None and strategy.buffer > at_once:
+        of = "" if num_sites is None else f" of {num_sites}"
         raise RecipeError(
-            f"federation.strategy.buffer takes updates of {strategy.buffer} distinct sites, but only {at_once} of "
-            f"{num_sites} work at once",
+            f"federation.strategy.buffer takes updates of {strategy.buffer} distinct sites, but only {at_once}{of} "
+            "work at once",
             hint=f"set buffer to at most {at_once}, or let more sites work at once by federation.cohort",
         )
 

@@ -5,6 +5,7 @@ Losses are nats a held-out label token; a macro figure is the mean over sites.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,7 @@ class Record:
             },
             "privacy": {"dp": "none", "epsilon": None},
             "samples": self._samples(),
+            **_arrivals(rounds),
             "not_evaluated": [site for site in self.sites.names if site not in self.evaluated],
             "strategy": {
                 "name": self.recipe.federation.strategy.name,
@@ -196,6 +198,21 @@ class Record:
             for b, a in pairs
             if a is not None
         ]
+
+
+def _arrivals(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of an asynchronous run: how many updates were how many versions behind, and each site's share of them."""
+    updates = [update for one in rounds for update in one.get("updates", ())]
+    if not updates:
+        return {}
+    staleness = Counter(update["staleness"] for update in updates)
+    sites = Counter(update["site"] for update in updates)
+    return {
+        "arrivals": {
+            "staleness": {str(versions): staleness[versions] for versions in sorted(staleness)},
+            "shares": {site: sites[site] / len(updates) for site in sorted(sites)},
+        }
+    }
 
 
 def _round(record: Mapping[str, Any]) -> dict[str, Any]:
