@@ -517,7 +517,10 @@ def test_headlines_without_a_comparison(metrics: dict[str, Any], title: str) -> 
 
 
 def test_an_asynchronous_run_says_how_stale_its_updates_were() -> None:
-    metrics = {**small(verdicts="gg", base=4.0), "arrivals": {"staleness": {"0": 3, "2": 1}, "shares": {"a": 0.75, "b": 0.25}}}
+    metrics = {
+        **small(verdicts="gg", base=4.0),
+        "arrivals": {"staleness": {"0": 3, "2": 1}, "shares": {"a": 0.75, "b": 0.25}},
+    }
     said = "The four updates were made from a model that was 0.5 versions behind on average, two at most; the busiest "
     assert f"{said}site brought 75\u202f% of them, the least busy 25\u202f%." in plain_summary(metrics)
     metrics["arrivals"]["shares"] = {"a": 1.0}
