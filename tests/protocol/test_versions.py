@@ -297,3 +297,31 @@ def test_a_site_that_joins_on_the_way_fills_a_buffer_that_waits(coordinator: Coo
     assert ended["history"][0]["answered"] == ["stays", "comes"]
     metrics = b"".join(p.content for p in lead.call("Control/GetFile", pb.FileRequest(run=run, name="metrics.json")))
     assert json.loads(metrics)["arrivals"] == {"staleness": {"0": 2}, "shares": {"comes": 0.5, "stays": 0.5}}
+
+
+def test_nobody_waits_for_an_evaluation(coordinator: Coordinator, lead: Hand) -> None:
+    """One site does not come to it before the last version: the evaluations that were due meanwhile are left out."""
+    asked: list[str] = []
+
+    def once(site: Site, task: pb.Task) -> None:
+        asked.append(task.id)
+        if len(asked) != 2:
+            site.done(task, site.scores())
+
+    (quick,) = sites_of(coordinator, "quick")
+    slow = coordinator.site("slow", train=idle, evaluate=once)
+    job = lead.job(rounds=3, strategy={"name": "fedasync"})
+    job.recipe = job.recipe.replace("every: 3", "every: 1")
+    run = lead.submit(job)
+    assert quick.update(quick.task(round=1, run=run)).state == ACCEPTED
+    wait_for(lambda: len(asked) == 2)
+    for number in (2, 3):
+        assert quick.update(quick.task(round=number, run=run)).state == ACCEPTED
+    ended = lead.wait(run)
+    assert [len(r["updates"]) for r in ended["history"]] == [1, 1, 1]
+    evaluated = [e.get("round") for e in lead.events(run) if e["event"] == "evaluated"]
+    assert evaluated == [0, 3]
+    withdrawn = coordinator.store.task(asked[1])
+    assert withdrawn is not None
+    assert (withdrawn.state, withdrawn.reason) == ("withdrawn", "the last version is evaluated instead")
+    assert rounds_of(slow) == [1]
