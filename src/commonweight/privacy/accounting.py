@@ -1,0 +1,242 @@
+"""How much privacy a number of noisy releases costs, and how much noise a budget needs.
+
+What is accounted for: each release is a sum of vectors of L2 norm at most C, one a privacy unit (an example, a patient,
+a site), plus Gaussian noise of standard deviation z·C in every coordinate; z is the noise multiplier. Neighbouring data
+sets differ by one unit added or removed, so that the sum's L2 sensitivity is C. In a release each unit takes part with
+probability `sampling`, independently of the others (Poisson sampling; 1: every time): other ways of choosing a cohort
+amplify nothing that is proved here, and must be given as 1.
+
+ε is computed from privacy loss distributions (dp-accounting's PLD, pessimistic rounding), with the Rényi accountant
+beside it as a check. Neither the classical σ = √(2 ln(1.25/δ))/ε, whose δ is wrong above ε = 1, nor adding up the ε of
+single releases, nor a central-limit estimate, which is too small, is used anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import RecipeError
+
+#: calibrated noise multipliers are rounded up to this many decimals, so that people can write them down
+_DECIMALS = 4
+_MOST_NOISE = 1e6
+
+
+@dataclass(frozen=True)
+class Releases:
+    """A plan of noisy releases.
+
+    Args:
+        noise_multiplier: z, the noise's standard deviation to the clipping norm; 0 releases everything (ε = ∞).
+        count: how many.
+        sampling: the probability with which each unit takes part in one.
+
+    Raises:
+        RecipeError: a number is out of its range.
+    """
+
+    noise_multiplier: float
+    count: int
+    sampling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise_multiplier < math.inf:
+            raise RecipeError(
+                f"a noise multiplier of {self.noise_multiplier}", hint="it is a number from 0 on; 0 is no privacy"
+            )
+        if self.count < 0:
+            raise RecipeError(f"{self.count} releases", hint="give how often something is released, 0 or more")
+        if not 0 < self.sampling <= 1:
+            raise RecipeError(
+                f"a sampling probability of {self.sampling}",
+                hint="it is above 0 and at most 1, with which every unit takes part each time",
+            )
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise RecipeError(
+            f"δ = {delta}", hint="δ is between 0 and 1, and well below one over the number of units, such as 1e-5"
+        )
+
+
+def epsilon(releases: Releases, delta: float) -> float:
+    """The least ε, to the accountant's accuracy from above, for which all releases together are (ε, δ)-private.
+
+    Raises:
+        RecipeError: δ is not between 0 and 1.
+    """
+    _check_delta(delta)
+    return epsilon_of_all([releases], delta)
+
+
+def epsilon_by_rdp(releases: Releases, delta: float) -> float:
+    """ε by Rényi differential privacy (Mironov 2017, arXiv:1702.07476): an upper bound, larger than `epsilon`.
+
+    Raises:
+        RecipeError: δ is not between 0 and 1.
+    """
+    _check_delta(delta)
+    if releases.count == 0:
+        return 0.0
+    if releases.noise_multiplier == 0:
+        return math.inf
+    from dp_accounting.rdp import RdpAccountant
+
+    accountant = RdpAccountant()
+    accountant.compose(_event(releases), releases.count)
+    return float(accountant.get_epsilon(delta))
+
+
+def epsilon_of_all(plans: list[Releases], delta: float) -> float:
+    """ε of several plans, one after the other on the same units.
+
+    Raises:
+        RecipeError: δ is not between 0 and 1.
+    """
+    _check_delta(delta)
+    plans = [plan for plan in plans if plan.count]
+    if not plans:
+        return 0.0
+    if any(plan.noise_multiplier == 0 for plan in plans):
+        return math.inf
+    if all(plan.sampling == 1 for plan in plans):
+        # Gaussian releases compose to one whose squared ratios of C to σ add up: no accountant is needed
+        return _gaussian_epsilon(1 / math.sqrt(sum(p.count / p.noise_multiplier**2 for p in plans)), delta)
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant()
+    for plan in plans:
+        accountant.compose(_event(plan), plan.count)
+    return float(accountant.get_epsilon(delta))
+
+
+def noise_multiplier(target: float, delta: float, *, count: int, sampling: float = 1.0) -> float:
+    """The least z, rounded up to 4 decimals, with which `count` releases cost at most `target`.
+
+    Args:
+        target: ε, above 0; ∞ needs no noise.
+        delta: δ.
+        count: releases, at least 1.
+        sampling: as in `Releases`.
+
+    Raises:
+        RecipeError: an argument is out of its range, or no noise below 10⁶ is enough.
+    """
+    _check_delta(delta)
+    if not target > 0:
+        raise RecipeError(f"a target of ε = {target}", hint="ε is above 0; 8 is weak, 1 is strong")
+    if count < 1:
+        raise RecipeError(f"{count} releases need no noise", hint="give how often something is released, 1 or more")
+    Releases(1.0, count, sampling)
+    if target == math.inf:
+        return 0.0
+    if sampling == 1:
+        return _rounded_up(analytic_gaussian(target, delta) * math.sqrt(count))
+    return _rounded_up(_sampled_multiplier(target, delta, count, sampling))
+
+
+def _sampled_multiplier(target: float, delta: float, count: int, sampling: float) -> float:
+    """z for sampled releases: the Rényi accountant, which is quick and a little too careful, says where to look."""
+
+    def excess(log_z: float, accountant: Callable[[Releases, float], float]) -> float:
+        return accountant(Releases(math.exp(log_z), count, sampling), delta) - target
+
+    from scipy.optimize import brentq
+
+    low, high = math.log(1e-2), 0.0
+    while excess(high, epsilon_by_rdp) > 0:
+        high += 1.0
+        if high > math.log(_MOST_NOISE):
+            raise RecipeError(
+                f"no noise is enough for ε = {target} at δ = {delta} with {count} releases",
+                hint="ask for a larger ε or fewer rounds",
+            )
+    high = (
+        float(brentq(excess, low, high, args=(epsilon_by_rdp,), xtol=1e-3)) if excess(low, epsilon_by_rdp) > 0 else low
+    )
+    high += 2e-3
+    low = high - 0.1
+    while excess(low, epsilon) <= 0 and low > math.log(1e-2):
+        low -= 0.3
+    while excess(high, epsilon) > 0:
+        high += 0.1
+    if excess(low, epsilon) <= 0:
+        return math.exp(low)
+    found = math.exp(float(brentq(excess, low, high, args=(epsilon,), xtol=1e-4)))
+    while epsilon(Releases(found, count, sampling), delta) > target:
+        found *= 1 + 1e-4
+    return found
+
+
+def _rounded_up(z: float) -> float:
+    unit = 10**_DECIMALS
+    return math.ceil(z * unit - 1e-7) / unit
+
+
+def gaussian_delta(sigma: float, epsilon: float, sensitivity: float = 1.0) -> float:
+    """δ(ε) of one Gaussian release: Φ(Δ/2σ − εσ/Δ) − e^ε·Φ(−Δ/2σ − εσ/Δ) (Balle and Wang 2018, arXiv:1805.06530,
+    theorem 8). Exact.
+
+    Args:
+        sigma: the noise's standard deviation, above 0.
+        epsilon: at least 0.
+        sensitivity: Δ, of the L2 norm.
+    """
+    ratio = sensitivity / sigma
+    first = _log_phi(ratio / 2 - epsilon / ratio)
+    second = epsilon + _log_phi(-ratio / 2 - epsilon / ratio)
+    return math.exp(first) * -math.expm1(second - first)
+
+
+def _gaussian_epsilon(sigma: float, delta: float) -> float:
+    """ε of one Gaussian release of sensitivity 1, from above."""
+    if gaussian_delta(sigma, 0.0) <= delta:
+        return 0.0
+    low, high = 0.0, 1.0
+    while gaussian_delta(sigma, high) > delta:
+        low, high = high, 2 * high
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        if gaussian_delta(sigma, middle) > delta:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def analytic_gaussian(epsilon: float, delta: float, sensitivity: float = 1.0) -> float:
+    """The least σ for which one release is (ε, δ)-private, solved from `gaussian_delta` to 12 digits.
+
+    Raises:
+        RecipeError: ε is not positive, or δ not between 0 and 1.
+    """
+    _check_delta(delta)
+    if not 0 < epsilon < math.inf:
+        raise RecipeError(f"a target of ε = {epsilon}", hint="ε is above 0")
+    low, high = 0.0, sensitivity
+    while gaussian_delta(high, epsilon, sensitivity) > delta:
+        low, high = high, 2 * high
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        if gaussian_delta(middle, epsilon, sensitivity) > delta:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _log_phi(x: float) -> float:
+    """ln of the normal distribution function, also far in its tail."""
+    from scipy.special import log_ndtr
+
+    return float(log_ndtr(x))
+
+
+def _event(releases: Releases) -> object:
+    from dp_accounting.dp_event import GaussianDpEvent, PoissonSampledDpEvent
+
+    event = GaussianDpEvent(releases.noise_multiplier)
+    return event if releases.sampling == 1 else PoissonSampledDpEvent(releases.sampling, event)
