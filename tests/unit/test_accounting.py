@@ -50,6 +50,7 @@ def test_noise_of_many_devices_that_are_sampled() -> None:
     assert 0.99 < epsilon(Releases(found, 1000, 0.01), 1e-6) <= 1
 
 
+@settings(deadline=None)
 @given(sigma=st.floats(0.2, 20), target=st.floats(0.01, 6))
 def test_delta_of_a_gaussian_release_is_balles_and_wangs(sigma: float, target: float) -> None:
     """Independently, from the normal distribution of the standard library."""

@@ -26,6 +26,7 @@ from tests.secure_sums import Sum, names, rows
 # ---- shares
 
 
+@settings(deadline=None)
 @given(secret=st.binary(min_size=32, max_size=32), threshold=st.integers(1, 6), spare=st.integers(0, 3))
 def test_any_threshold_of_shares_give_the_secret(secret: bytes, threshold: int, spare: int) -> None:
     places = [3 * k + 1 for k in range(threshold + spare)]
@@ -129,6 +130,7 @@ def test_a_masked_row_is_uniform_whatever_is_in_it() -> None:
 # ---- fixed point
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.floats(-3, 3), min_size=1, max_size=40),
     num_sites=st.integers(1, 400),

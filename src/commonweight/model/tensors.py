@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 _ALIGN_BYTES = 64
+#: elements of which squares are taken at once, in a wide copy
+_NORM_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,12 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for floating dtypes narrower than it; every other dtype is its own."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def l2_norm(tensors: NamedTensors) -> float:
+    """The L2 norm of all floating tensors together; squares are added up in float64."""
+    pieces = (piece for _, flat in tensors.floating() for piece in flat.split(_NORM_PIECE))
+    return math.hypot(*(torch.linalg.vector_norm(piece, dtype=torch.float64).item() for piece in pieces))
 
 
 def first_non_finite(tensors: NamedTensors) -> str | None:

@@ -1,0 +1,71 @@
+"""Differential privacy of sites: what one site sends is bounded, and the sum of all is released with noise.
+
+Privacy unit: a site, with all its rows. Neighbouring data sets: one site more or fewer. Each site's update is clipped
+to L2 norm C over all its tensors together, at the site itself; updates count alike; the coordinator adds noise of
+standard deviation z·C to each element of their sum and divides by a number fixed beforehand, whoever answers (McMahan
+et al., Learning Differentially Private Recurrent Language Models, ICLR 2018, arXiv:1710.06963). Sensitivity of the sum:
+C, in L2. Sampling: none is assumed, so that a site counts as taking part in every round, also in those to which the
+draw of a cohort, which anyone can repeat, did not invite it.
+
+Everyone who sees what is published is bounded in what they learn of a site; the coordinator itself, which sees the
+updates before the noise, is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..model.tensors import NamedTensors, l2_norm
+from .noise import GaussianNoise
+
+
+def clip_(update: NamedTensors, bound: float) -> float:
+    """Δ ← Δ·min(1, C/‖Δ‖₂), in place, over all floating tensors together; returns the norm before.
+
+    After it the norm is at most C·(1 + 1e-6).
+    """
+    before = norm = l2_norm(update)
+    goal = bound
+    while norm > bound * (1 + 1e-6):
+        for _, flat in update.floating():
+            flat.mul_(goal / norm)
+        norm = l2_norm(update)
+        goal *= 1 - 2**-10  # only dtypes narrower than float32 may have been rounded up so far
+    return before
+
+
+@dataclass(frozen=True)
+class NoisyMean:
+    """How one round's sum of clipped updates becomes a mean that may be published.
+
+    Args:
+        bound: C.
+        noise_multiplier: z.
+        expected: what the sum is divided by.
+        noise: of this round alone.
+    """
+
+    bound: float
+    noise_multiplier: float
+    expected: int
+    noise: GaussianNoise
+
+    def release(self, total: NamedTensors, first: Mapping[torch.dtype, int]) -> NamedTensors:
+        """(Σ Δᵢ + N(0, z²C²))/m, in place.
+
+        Args:
+            total: Σ Δᵢ, wide, or a stretch of it.
+            first: where the stretch begins in each dtype's flat; empty: at the beginning.
+        """
+        for dtype, flat in total.floating():
+            number = _ROWS[dtype]
+            self.noise.add_(flat, self.noise_multiplier * self.bound, number=number, start=first.get(dtype, 0))
+            flat.div_(self.expected)
+        return total
+
+
+#: which row of the noise goes to which flat
+_ROWS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
