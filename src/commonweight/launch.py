@@ -23,6 +23,7 @@ from .federation.events import Events, Listener, phase_seconds
 from .federation.folder import RunFolder, write_json, write_text
 from .federation.global_model import MemoryModel
 from .federation.journal import Journal
+from .federation.private_rounds import PrivateRounds
 from .federation.record import Record
 from .federation.relays import check_relays
 from .federation.run import FederatedRun
@@ -131,7 +132,8 @@ def _train(
         evaluation = Evaluation(recipe, sites, engine, journal, events)
         engine.broadcast(bench.theta, {})
         evaluation.base()
-        model = MemoryModel(strategy, bench.theta.clone(), folder, bench.save, recipe.federation)
+        private = PrivateRounds.of(recipe, journal, len(sites.names))
+        model = MemoryModel(strategy, bench.theta.clone(), folder, bench.save, recipe.federation, private)
         shelf = FolderShelf(
             folder,
             journal,

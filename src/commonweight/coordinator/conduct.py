@@ -19,6 +19,7 @@ from ..federation.evaluation import Evaluation
 from ..federation.events import Events, phase_seconds
 from ..federation.folder import write_json, write_text
 from ..federation.messages import Completed, TrainTask
+from ..federation.private_rounds import PrivateRounds, Seal
 from ..federation.record import Record
 from ..federation.run import FederatedRun
 from ..federation.tally import Sites
@@ -204,7 +205,8 @@ class Conductor:
         strategy = cast(Combining, plan.strategy(len(first.names)))
         strategy.shapes = plan.shapes
         strategy.check(recipe.federation.cohort.size(len(first.names)))
-        model = StoredModel(strategy, here.files(self.run_id), plan.initial.digest)
+        private = PrivateRounds.of(recipe, journal, len(first.names), self._seal())
+        model = StoredModel(strategy, here.files(self.run_id), plan.initial.digest, private)
         trainable = sum(plan.layout.numels.values())
         events.emit(
             "engine_started",
@@ -249,6 +251,15 @@ class Conductor:
                 while time.monotonic() < ends:
                     self.led.check()
                     time.sleep(min(0.2, patience_s))
+
+    def _seal(self) -> Seal:
+        """Noise lies in the database under the vault's key: who reads the database alone cannot take it off."""
+        vault = self.here.vault
+
+        def close(name: str, key: bytes) -> str:
+            return vault.wrap(key, f"{self.run_id}/{name}").hex()
+
+        return Seal(close, lambda name, text: vault.unwrap(bytes.fromhex(text), f"{self.run_id}/{name}"))
 
     # --- what is left for people
 

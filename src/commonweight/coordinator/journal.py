@@ -114,6 +114,16 @@ class JournalPart(Part):
         hold(tx, lease)
         upsert(tx, results, {"run": lease.run, "key": key, "record": json.dumps(record)})
 
+    @writing
+    def drop_result(self, tx: Writing, lease: Lease, key: str) -> None:
+        """Strike a result of a run out.
+
+        Raises:
+            LeaseLost: the run is another's by now.
+        """
+        hold(tx, lease)
+        tx.execute(results.delete().where(results.c.run == lease.run, results.c.key == key))
+
     @reading
     def result(self, connection: sa.Connection, run: str, key: str) -> dict[str, Any] | None:
         query = sa.select(results.c.record).where(results.c.run == run, results.c.key == key)
@@ -144,6 +154,9 @@ class StoreJournal:
 
     def get(self, key: str) -> dict[str, Any] | None:
         return self.store.result(self.lease.run, key)
+
+    def drop(self, key: str) -> None:
+        self.store.drop_result(self.lease, key)
 
     def kept_updates(self, round: int) -> dict[str, dict[str, Any]]:
         """None: accepted updates are uploads of the store's (`Store.accepted_uploads`), with nothing to keep beside."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..federation.messages import Engine
+from ..federation.private_rounds import PrivateRounds
 from ..model.tensors import Entry, Layout, NamedTensors, bytes_of
 from ..strategies.asynchronous import AsynchronousStrategy
 from ..strategies.base import ServerState, SumStrategy
@@ -48,10 +49,13 @@ class StoredModel:
 
     Args:
         initial: the digest of the frame with the initial θ.
+        private: makes rounds' sums private; None: they are not.
     """
 
-    def __init__(self, strategy: Combining, files: FrameFiles, initial: str) -> None:
-        self.strategy, self.files, self.initial = strategy, files, initial
+    def __init__(
+        self, strategy: Combining, files: FrameFiles, initial: str, private: PrivateRounds | None = None
+    ) -> None:
+        self.strategy, self.files, self.initial, self.private = strategy, files, initial, private
         plan = files.open(initial).frame.plan
         slots = strategy.slot_names
         sent = [Channel("theta"), *(Channel(name, wide=True) for name in slots if name in strategy.broadcast_channels)]
@@ -99,6 +103,7 @@ class StoredModel:
 
     def restore(self, round: int, record: Mapping[str, Any]) -> None:
         self.base, self.slots = record["base"], record["slots"]
+        self.committed(round)  # a crash may have come between the commit and this
         self.files.open(self.base)  # missing or damaged: said before anything is asked of the sites
 
     def announce(self, engine: Engine) -> None:
@@ -120,6 +125,9 @@ class StoredModel:
     def close(self, round: int) -> dict[str, Any]:
         if not self._updates:
             raise ValueError("a round was closed with no update in it")
+        if self.private is not None:
+            assert isinstance(self.strategy, SumStrategy)
+            self.strategy.private = self.private.mean(round)
         base = self.files.open(self.base)
         slots = self.files.open(self.slots) if self.slots else None
         with FrameWriter(self.files, self.base_plan) as new_base:
@@ -132,6 +140,10 @@ class StoredModel:
             self.base = new_base.finish().digest
         self._updates = []
         return self.record()
+
+    def committed(self, round: int) -> None:
+        if self.private is not None:
+            self.private.committed(round)
 
     def _combine(
         self, base: StoredFrame, slots: StoredFrame | None, new_base: FrameWriter, new_slots: FrameWriter | None
@@ -164,6 +176,7 @@ class StoredModel:
         state = ServerState(
             NamedTensors(layout, {piece.dtype: theta}),
             {name: NamedTensors(layout, {piece.dtype: values}) for name, values in slots.items()},
+            first={piece.dtype: piece.start},
         )
         if piece.dtype.is_floating_point:
             fold = strategy.open(state)

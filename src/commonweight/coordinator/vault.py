@@ -106,8 +106,13 @@ class Vault:
 
     def new_key(self, context: str) -> tuple[bytes, bytes]:
         """A new file's key, and the same wrapped, to be kept with what `context` names (run, round and site)."""
-        key, nonce = os.urandom(KEY_BYTES), os.urandom(_NONCE)
-        return key, _VERSION + self._id + nonce + self._cipher.encrypt(nonce, key, self._aad(context))
+        key = os.urandom(KEY_BYTES)
+        return key, self.wrap(key, context)
+
+    def wrap(self, key: bytes, context: str) -> bytes:
+        """A key of 32 bytes, wrapped, to be kept with what `context` names."""
+        nonce = os.urandom(_NONCE)
+        return _VERSION + self._id + nonce + self._cipher.encrypt(nonce, key, self._aad(context))
 
     def unwrap(self, wrapped: bytes, context: str) -> bytes:
         """The key of `new_key`.

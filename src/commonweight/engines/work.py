@@ -18,6 +18,7 @@ from ..federation.messages import ChainTask, EvaluateTask, SampleTask, TrainTask
 from ..model.adapters import adapter_off
 from ..model.shapes import worn
 from ..model.tensors import NamedTensors
+from ..privacy.site_level import clip_
 from ..seeding import derive_seed
 from ..train.checkpoint import Checkpoint
 from ..train.corrections import correction
@@ -109,6 +110,9 @@ class TaskWork:
                 hint="only objectives that follow the gradient can train a part of an adapter; leave the site out of "
                 "model.adapter.sites and model.adapter.budget",
             )
+        bound = self.bench.recipe.privacy.clip
+        if bound is not None:
+            clip_(delta, bound)
         further, new_state = change.finish(delta, lr=task.lr, steps=result.num_steps)
         # plain numbers: an objective of one's own may count in NumPy's or torch's
         metrics = {"loss": float(result.loss), "seconds": time.perf_counter() - began}

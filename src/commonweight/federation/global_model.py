@@ -13,15 +13,18 @@ from typing import Any, Protocol
 from ..errors import RoundError
 from ..model.tensors import Layout, NamedTensors, first_non_finite
 from ..recipe.schema import FederationSpec
-from ..strategies.base import Fold, ServerState, Strategy
+from ..strategies.base import Fold, ServerState, Strategy, SumStrategy
 from ..strategies.update import Update, check
 from .folder import RunFolder, read_tensors, write_tensors
 from .messages import Engine
+from .private_rounds import PrivateRounds
 from .relays import merge_partials
 
 
 class GlobalModel(Protocol):
     """What the loop asks of a global model."""
+
+    private: PrivateRounds | None
 
     @property
     def layout(self) -> Layout:
@@ -55,6 +58,9 @@ class GlobalModel(Protocol):
             RoundError: the result is not finite; the last committed state is untouched.
         """
 
+    def committed(self, round: int) -> None:
+        """The journal has the commit of `round`: nothing will be asked of it again."""
+
 
 class MemoryModel:
     """A global model in this process's memory.
@@ -63,6 +69,7 @@ class MemoryModel:
         theta: the initial global tensors, owned from now on; a resumed run takes their layout only.
         save_adapter: writes global tensors into a folder as an adapter that others can open.
         spec: names the relays, if there are any.
+        private: makes rounds' sums private; None: they are not.
     """
 
     def __init__(
@@ -72,9 +79,11 @@ class MemoryModel:
         folder: RunFolder,
         save_adapter: Callable[[NamedTensors, Path], None],
         spec: FederationSpec | None = None,
+        private: PrivateRounds | None = None,
     ) -> None:
         self.strategy, self.folder, self._theta, self._save_adapter = strategy, folder, theta, save_adapter
         self.state: ServerState
+        self.private = private
         self._relays = () if spec is None else tuple(spec.relays)
         self._relay_of = {} if spec is None else spec.relay_of
         self._folds: dict[str, Fold] = {}
@@ -92,6 +101,7 @@ class MemoryModel:
         groups = read_tensors(self.folder.state_file(round), self.layout, sha256=record["sha256"])
         slots = {name.removeprefix("slot/"): t for name, t in groups.items() if name != "theta"}
         self.state, self._round = ServerState(groups["theta"], slots, dict(record.get("numbers", {}))), round
+        self.committed(round)  # a kill may have come between the commit and this
 
     def announce(self, engine: Engine) -> None:
         slots = self.state.slots
@@ -115,6 +125,9 @@ class MemoryModel:
     def close(self, round: int) -> dict[str, Any]:
         whole = self._folds.pop("")
         merge_partials(whole, [self._folds.pop(relay) for relay in self._relays if relay in self._folds])
+        if self.private is not None:
+            assert isinstance(self.strategy, SumStrategy)
+            self.strategy.private = self.private.mean(round)
         self.state = self.strategy.close(self.state, whole)
         bad = first_non_finite(self.state.theta)
         if bad is not None:
@@ -125,6 +138,10 @@ class MemoryModel:
         self._round = round
         self._save_adapter(self.state.theta, self.folder.round_folder(round))
         return self._write(round)
+
+    def committed(self, round: int) -> None:
+        if self.private is not None:
+            self.private.committed(round)
 
     def _write(self, round: int) -> dict[str, Any]:
         state = self.state

@@ -33,6 +33,7 @@ class RunJournal(Protocol):
     def commits(self) -> dict[int, dict[str, Any]]: ...
     def put(self, key: str, record: Mapping[str, Any]) -> None: ...
     def get(self, key: str) -> dict[str, Any] | None: ...
+    def drop(self, key: str) -> None: ...
 
 
 class Journal:
@@ -49,6 +50,7 @@ class Journal:
             self._db = sqlite3.connect(path, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA secure_delete=ON")  # what is struck out must not be left in free pages
             for statement in _TABLES.split(";"):
                 self._db.execute(statement)
         self.bind({"format": str(_FORMAT)})
@@ -115,6 +117,11 @@ class Journal:
         with self._explained():
             row = self._db.execute("SELECT record FROM results WHERE key = ?", (key,)).fetchone()
             return None if row is None else json.loads(row[0])
+
+    def drop(self, key: str) -> None:
+        """Strike a result out; nothing happens if there is none."""
+        with self._explained():
+            self._db.execute("DELETE FROM results WHERE key = ?", (key,))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from typing import Any
 from ..evaluate.metrics import Scores, compare, macro, macro_interval, spread, summarise
 from ..recipe.schema import Recipe
 from .journal import RunJournal
+from .private_rounds import statement
 from .tally import Sites
 
 FORMAT = 1
@@ -72,7 +73,7 @@ class Record:
                 "adapter": facts["model"]["adapter_bytes"],
                 **_received(rounds),
             },
-            "privacy": {"dp": "none", "epsilon": None},
+            "privacy": statement(self.recipe, list(self.journal.commits().values())),
             "samples": self._samples(),
             **_arrivals(rounds),
             "not_evaluated": [site for site in self.sites.names if site not in self.evaluated],

@@ -199,7 +199,10 @@ class FederatedRun:
             **tally.record(round.cohort, self.strategy, relays=bool(self.recipe.federation.relays)),
             "seconds": timing.seconds(evaluated_at, time.perf_counter()),
         }
+        if self.model.private is not None:
+            record["privacy"] = self.model.private.record()
         self.journal.commit(number, record)
+        self.model.committed(number)
         self.last_answered.update(dict.fromkeys(round.answered, number))
         self.shelf.forget(number, round.answered)
         self.events.emit("round_committed", round=number, answered=len(round.answered), train_loss=record["train_loss"])

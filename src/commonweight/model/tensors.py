@@ -180,8 +180,12 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def l2_norm(tensors: NamedTensors) -> float:
     """The L2 norm of all floating tensors together; squares are added up in float64."""
-    pieces = (piece for _, flat in tensors.floating() for piece in flat.split(_NORM_PIECE))
-    return math.hypot(*(torch.linalg.vector_norm(piece, dtype=torch.float64).item() for piece in pieces))
+    norms = [
+        torch.linalg.vector_norm(flat[start : start + _NORM_PIECE], dtype=torch.float64).item()
+        for _, flat in tensors.floating()
+        for start in range(0, flat.numel(), _NORM_PIECE)
+    ]
+    return math.hypot(*norms)
 
 
 def first_non_finite(tensors: NamedTensors) -> str | None:

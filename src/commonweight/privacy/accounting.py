@@ -142,7 +142,7 @@ def _sampled_multiplier(target: float, delta: float, count: int, sampling: float
     """z for sampled releases: the Rényi accountant, which is quick and a little too careful, says where to look."""
 
     def excess(log_z: float, accountant: Callable[[Releases, float], float]) -> float:
-        return accountant(Releases(math.exp(log_z), count, sampling), delta) - target
+        return float(accountant(Releases(math.exp(log_z), count, sampling), delta) - target)
 
     from scipy.optimize import brentq
 
@@ -165,7 +165,7 @@ def _sampled_multiplier(target: float, delta: float, count: int, sampling: float
         high += 0.1
     if excess(low, epsilon) <= 0:
         return math.exp(low)
-    found = math.exp(float(brentq(excess, low, high, args=(epsilon,), xtol=1e-4)))
+    found: float = math.exp(float(brentq(excess, low, high, args=(epsilon,), xtol=1e-4)))
     while epsilon(Releases(found, count, sampling), delta) > target:
         found *= 1 + 1e-4
     return found

@@ -82,6 +82,14 @@ FEATURES = (
         "Leave federation.deadline_s and federation.over_selection out, or use the strategy fedavg",
     ),
     Feature(
+        "differential privacy of sites",
+        lambda recipe, network: recipe.privacy.dp == "site",
+        lambda strategy: bool(_is(strategy, "of_plain_mean")),
+        "noise is added to the sum of clipped updates that all count alike, and this strategy does not work on that "
+        "sum alone",
+        "Use a strategy that does, such as fedavg or fedadam, or privacy.dp none",
+    ),
+    Feature(
         "relays",
         lambda recipe, network: bool(recipe.federation.relays),
         lambda strategy: _is(strategy, "needs") == "sum" and not _is(strategy, "asynchronous"),

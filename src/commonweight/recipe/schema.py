@@ -527,6 +527,42 @@ class EngineSpec(Section):
         return self
 
 
+class PrivacySpec(Section):
+    """What bounds what the result tells of a site."""
+
+    dp: Literal["none", "site"] = Field(
+        "none",
+        description="`site`: differential privacy of each site with all its rows: updates are clipped at the site, and "
+        "the coordinator adds noise to their sum. `none`: ε = ∞.",
+    )
+    clip: float | None = Field(
+        None, gt=0, description="C: the L2 norm to which a site's update is clipped. Needed with `dp: site`."
+    )
+    delta: float | None = Field(
+        None, gt=0, lt=1, description="δ, well below one over the number of sites. Needed with `dp: site`."
+    )
+    epsilon: float | None = Field(
+        None, gt=0, description="The ε that all rounds together may cost; the noise follows. Or `noise_multiplier`."
+    )
+    noise_multiplier: float | None = Field(
+        None, ge=0, description="z: the noise's standard deviation in units of `clip`; ε follows. Or `epsilon`."
+    )
+
+    @model_validator(mode="after")
+    def _whole_or_nothing(self) -> Self:
+        given = [n for n in ("clip", "delta", "epsilon", "noise_multiplier") if getattr(self, n) is not None]
+        if self.dp == "none":
+            if given:
+                raise ValueError(f"`{given[0]}` does nothing with dp: none; set dp: site, or remove it")
+            return self
+        missing = [name for name in ("clip", "delta") if name not in given]
+        if missing:
+            raise ValueError(f"dp: site needs `{missing[0]}`")
+        if ("epsilon" in given) == ("noise_multiplier" in given):
+            raise ValueError("dp: site needs `epsilon` or `noise_multiplier`, and not both")
+        return self
+
+
 class OutputSpec(Section):
     """What a run's folder keeps."""
 
@@ -555,9 +591,19 @@ class Recipe(Section):
     data: DataSpec = Field(default_factory=DataSpec, description="Rows, sites, held-out rows.")
     training: TrainingSpec = Field(default_factory=TrainingSpec, description="Local work.")
     federation: FederationSpec = Field(default_factory=FederationSpec, description="Rounds and strategy.")
+    privacy: PrivacySpec = Field(default_factory=PrivacySpec, description="Differential privacy.")
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec, description="Controls and metrics.")
     engine: EngineSpec = Field(default_factory=EngineSpec, description="Where it runs.")
     output: OutputSpec = Field(default_factory=OutputSpec, description="What is kept.")
+
+    @model_validator(mode="after")
+    def _private_sites_count_alike(self) -> Self:
+        if self.privacy.dp == "site" and self.federation.weighting != "uniform":
+            raise ValueError(
+                f"privacy.dp site bounds what one site does to the sum, but federation.weighting "
+                f"{self.federation.weighting} lets sites count for more; use weighting: uniform"
+            )
+        return self
 
     @model_validator(mode="after")
     def _packing_has_no_prompt_tokens(self) -> Self:

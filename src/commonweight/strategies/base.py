@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -43,11 +43,20 @@ class ServerState:
         theta: the global trainable tensors, in the model's own dtypes.
         slots: further tensors by name (`m`, `v`, `control` …), of theta's layout, wide (`NamedTensors.zeros`).
         numbers: plain numbers by name, a site's weight say; the journal keeps them. Not over a network.
+        first: where these tensors begin in the whole model's flats, if they are a stretch of them.
     """
 
     theta: NamedTensors
     slots: dict[str, NamedTensors] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
+    first: Mapping[torch.dtype, int] = field(default_factory=dict)
+
+
+class Release(Protocol):
+    """How a sum is made one that may be published: `privacy/site_level.py`."""
+
+    def release(self, total: NamedTensors, first: Mapping[torch.dtype, int]) -> NamedTensors:
+        """The mean of Σ Δᵢ with noise, in place; `first` as in `ServerState`."""
 
 
 class Fold(ABC):
@@ -90,6 +99,8 @@ class Strategy(ABC):
     asynchronous: ClassVar[bool] = False
     #: why no coordinator can run it, whose updates and model lie in files, as the end of a sentence; "": one can
     not_networked: ClassVar[str] = "a coordinator combines from files, and this strategy takes its updates whole"
+    #: whether all it learns from a round's updates is Σ Δᵢ, each counted alike and every element of it
+    of_plain_mean: ClassVar[bool] = False
 
     def __init__(self, options: BaseModel | None = None, *, num_sites: int = 1) -> None:
         """Args: options: an instance of `Options`. num_sites: N, all the sites of the run, not a round's cohort."""
@@ -166,11 +177,15 @@ class WeightedSum(Fold):
         """The weight of one update in one channel's sum."""
         return update.weight if channel == "delta" else 1.0
 
-    def mean(self) -> NamedTensors:
-        """Δ = Σ pᵢΔᵢ, in the accumulator's precision; the sum is used up."""
+    def total(self) -> NamedTensors:
+        """Σ wᵢΔᵢ, in the accumulator's precision."""
         if self.num_updates == 0:
             raise ValueError("a round was closed with no update in it")
-        for _, total in self.sums["delta"].floating():
+        return self.sums["delta"]
+
+    def mean(self) -> NamedTensors:
+        """Δ = Σ pᵢΔᵢ, in the accumulator's precision; the sum is used up."""
+        for _, total in self.total().floating():
             total.div_(self.total_weight)
         return self.sums["delta"]
 
@@ -192,13 +207,22 @@ class SumStrategy(Strategy):
 
     needs = "sum"
     not_networked = ""
+    of_plain_mean = True
+    #: makes a round's sum one that may be published; None: it is the weighted mean as it is
+    private: Release | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if {"open", "close", "update_channels"} & set(vars(cls)):  # it may look at more, unless it says not
+            cls.of_plain_mean = vars(cls).get("of_plain_mean", False)
 
     def open(self, state: ServerState) -> WeightedSum:
         return WeightedSum(state.theta.layout, self.update_channels)
 
     def close(self, state: ServerState, fold: Fold) -> ServerState:
         assert isinstance(fold, WeightedSum)
-        for dtype, delta in fold.mean().floating():
+        mean = fold.mean() if self.private is None else self.private.release(fold.total(), state.first)
+        for dtype, delta in mean.floating():
             theta = state.theta.flats[dtype]
             wide = theta.to(delta.dtype)  # theta itself, unless it is narrower than float32
             self.step(wide, delta, {name: slot.flats[dtype] for name, slot in state.slots.items()})

@@ -28,6 +28,7 @@ class RoLoRA(SumStrategy):
         "2024, arXiv:2409.02346"
     )
     pairs = True
+    of_plain_mean = False  # what rests in a round has no update, and must get no noise
 
     def correction(self) -> dict[str, Any]:
         """`{"kind": "freeze", "in_turn": ["lora_A", "lora_B"]}`: what rests in round 1, and in round 2."""
