@@ -17,6 +17,7 @@ from .. import __version__
 from ..errors import CommonweightError, RecipeError, StorageError
 from . import coordinator, jobs, site
 from .inspect import methods, report, runs
+from .privacy import ledger, plan
 from .sandbox import sandbox
 from .start import demo, init, run, validate
 from .terminal import Interrupted, end, fail, hush_libraries, options
@@ -74,7 +75,7 @@ def _group(name: str, help: str, commands: tuple[Callable[..., None], ...]) -> N
     app.add_typer(group)
 
 
-for command in (demo, init, validate, run, report, runs, methods, evaluate, chat, export, sandbox):
+for command in (demo, init, validate, plan, run, report, runs, ledger, methods, evaluate, chat, export, sandbox):
     app.command()(_guarded(command))
 _group("coordinator", "Run a federation's coordinator.", coordinator.COMMANDS)
 _group("site", "Take part in a federation as a site, with data that stay where they are.", site.COMMANDS)

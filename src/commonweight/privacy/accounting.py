@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from ..errors import RecipeError
 
-#: calibrated noise multipliers are rounded up to this many decimals, so that people can write them down
-_DECIMALS = 4
+#: calibrated noise multipliers are rounded up to whole parts of this, so that people can write them down
+_UNIT = 10_000
 _MOST_NOISE = 1e6
 
 
@@ -172,8 +172,8 @@ def _sampled_multiplier(target: float, delta: float, count: int, sampling: float
 
 
 def _rounded_up(z: float) -> float:
-    unit = 10**_DECIMALS
-    return math.ceil(z * unit - 1e-7) / unit
+
+    return math.ceil(z * _UNIT - 1e-7) / _UNIT
 
 
 def gaussian_delta(sigma: float, epsilon: float, sensitivity: float = 1.0) -> float:

@@ -28,7 +28,9 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from ..errors import PolicyError, RecipeError
 from ..evaluate.metrics import Scores
+from ..federation.private_rounds import planned_noise
 from ..model.shapes import shapes_of
+from ..privacy.accounting import Releases, epsilon
 from ..recipe.schema import Recipe, Section
 from ..registry import BUILT_IN, built_in, is_listed, resolve
 from ..strategies.base import Strategy
@@ -295,8 +297,8 @@ class JobFacts:
             update_bytes=_update_bytes(recipe, initial, site),
             evaluation=True,  # every run ends with the result's scores
             samples=recipe.evaluation.samples,
-            dp="none",  # a recipe of this version has neither noise nor masks
-            epsilon=None,
+            dp=recipe.privacy.dp,
+            epsilon=_planned_epsilon(recipe),
             secure_aggregation=False,
             trust_remote_code=recipe.model.trust_remote_code,
             num_sites=num_sites,
@@ -326,6 +328,16 @@ class JobFacts:
                 f"{'yes' if self.secure_aggregation else 'no'}",
             ]
         )
+
+
+def _planned_epsilon(recipe: Recipe) -> float | None:
+    """ε of all the job's rounds at its own δ; None: ∞."""
+    spec = recipe.privacy
+    if spec.dp == "none":
+        return None
+    assert spec.delta is not None
+    found = epsilon(Releases(planned_noise(recipe), recipe.federation.rounds), spec.delta)
+    return found if found < math.inf else None
 
 
 def _update_bytes(recipe: Recipe, initial: bytes, site: str) -> int:
