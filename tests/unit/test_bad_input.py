@@ -170,10 +170,10 @@ CASES = [
     ),
     Case("bad name", "validate recipe.yaml --set name=a/b", 2, ("`name`", '"a/b"')),
     Case(
-        "privacy section",
+        "privacy of a kind that there is not",
         "validate recipe.yaml --set privacy.dp=example",
         2,
-        ("`privacy`", "not available in this version"),
+        ("`privacy.dp`", '"example"', "`site`"),
     ),
     Case(
         "compression section",

@@ -225,7 +225,9 @@ def test_json_is_all_that_standard_output_holds(recipe: str) -> None:
     found = {
         "validate": call("validate", recipe, "--data", "--json"),
         "run": call("run", recipe, "--json"),
+        "plan": call("plan", recipe, "--json"),
         "runs": call("runs", "--json"),
+        "ledger": call("ledger", "--json"),
         "report": call("report", "runs/small", "--json"),
         "methods": call("methods", "--json"),
         "evaluate": call("evaluate", "runs/small", "--json"),

@@ -27,6 +27,11 @@ def use(strategy: str) -> Change:
     return lambda values: values["federation"].update(strategy=strategy)
 
 
+def private(values: dict[str, Any]) -> None:
+    values["privacy"] = {"dp": "site", "clip": 1.0, "delta": 1e-5, "noise_multiplier": 1.0}
+    values["federation"]["weighting"] = "uniform"
+
+
 #: a recipe for each column that asks for that feature and no other: (values, over a network); then what the refusal
 #: names instead, and how a recipe does that
 ASKED: dict[str, tuple[Change, bool, str, Change]] = {
@@ -45,6 +50,7 @@ ASKED: dict[str, tuple[Change, bool, str, Change]] = {
         "fedavg",
         use("fedavg"),
     ),
+    "differential privacy of sites": (private, False, "fedavg", use("fedavg")),
     "relays": (lambda values: values["federation"].update(relays={"r": ["s"]}), False, "fedavg", use("fedavg")),
 }
 

@@ -24,7 +24,7 @@ GOOD = {"minimal": MINIMAL, "short forms": SHORT, "long forms": LONG, "half the 
 GOOD |= {f"starter {kind}": starter(kind) for kind in STARTERS}
 
 BAD = {
-    "unknown section": "name: a\nprivacy: {}\n",
+    "unknown section": "name: a\nsplit: {}\n",
     "unknown field": "name: a\ntraining: {learning_rate: 1}\n",
     "no name": "seed: 1\n",
     "range": "name: a\ntraining: {lr: 0}\n",

@@ -43,10 +43,10 @@ BAD_RECIPES = {
     "name elsewhere": ("name: a\ntraining: {learning_rate: 1}\n", ["`training.learning_rate`", "`training.lr`?"]),
     "no idea": ("name: a\nengine: {zzz: 1}\n", ["`engine.zzz`", "known here: `kind`, `workers`, `device`"]),
     "planned": (
-        "name: a\nprivacy: {dp: gaussian}\n",
-        ["`privacy` is not available in this version", "remove it", ":2"],
+        "name: a\nalignment: {kind: dpo}\n",
+        ["`alignment` is not available in this version", "remove it", ":2"],
     ),
-    "planned, without effect": ("name: a\nprivacy: {dp: none}\n", ["`privacy` is not available", "remove it"]),
+    "planned, without effect": ("name: a\nsplit: none\n", ["`split` is not available", "remove it"]),
     "planned word": ("name: a\ncompression: none\n", ["`compression` is not available", "remove it"]),
     "no name": ("seed: 1\n", ["`name` is missing in recipe.yaml", "letters, digits"]),
     "name with a space": ("name: my run\n", ['`name` is "my run" at recipe.yaml:1', "letters, digits"]),
@@ -107,7 +107,7 @@ BAD_OVERRIDES = {
     "training={lr: 1, lr: 2}": ["`lr` is given twice", "--set training="],
     "federaton.rounds=3": ["unknown key `federaton` in --set federaton.rounds=3", "`federation`?"],
     "federation.round=3": ["unknown key `federation.round`", "`federation.rounds`?"],
-    "privacy.dp=none": ["`privacy` is not available", "--set privacy.dp=none"],
+    "split.blocks=2": ["`split` is not available", "--set split.blocks=2"],
     "training.lr=fast": ['`training.lr` is "fast" in --set training.lr=fast', "a number above 0"],
     "training.lr.x=3": ['`training.lr` is {"x": 3} in --set training.lr.x=3', "a number above 0"],
     "evaluation.controls.0=base": ["`evaluation.controls`", "a list of"],
@@ -153,9 +153,9 @@ def test_every_error_is_listed_in_the_order_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_planned_section_is_named_beside_other_errors(tmp_path: Path) -> None:
-    said = refusal("name: a\nseed: -1\nprivacy: {dp: none}\n", tmp_path)
+    said = refusal("name: a\nseed: -1\nsplit: {blocks: 2}\n", tmp_path)
     assert "`seed` is -1" in said
-    assert "`privacy` is not available" in said
+    assert "`split` is not available" in said
 
 
 @pytest.mark.parametrize("number", ["1e-2", "1E-2", "+1e-2", "1.0e-2", ".01", "0.01"])

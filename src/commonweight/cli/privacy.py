@@ -17,10 +17,23 @@ NOT_COVERED = (
     "Not covered by ε: the coordinator itself, which sees each update before the noise; the figures that sites send "
     "beside their updates (numbers of examples and steps, training losses, scores on held-out rows); control arms."
 )
+_PLAN_KEYS = (
+    "dp",
+    "rounds",
+    "unit",
+    "adjacency",
+    "sampling",
+    "clip",
+    "noise_multiplier",
+    "delta",
+    "epsilon",
+    "epsilon_rdp",
+    "epsilon_after_round",
+)
 
 
 def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = False) -> None:
-    """Say what a recipe's privacy will cost, and what that assumes, before anything runs."""
+    """Say what a recipe's privacy will cost, before it runs."""
     begin(json)
     from ..federation.private_rounds import ADJACENCY, SAMPLING, UNIT, planned_noise
     from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp
@@ -31,7 +44,7 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = Fals
     rounds, spec = loaded.federation.rounds, loaded.privacy
     if spec.dp == "none":
         if json:
-            print_json({"dp": "none", "epsilon": None, "rounds": rounds})
+            print_json(dict.fromkeys(_PLAN_KEYS) | {"dp": "none", "rounds": rounds})
         else:
             say(f"{recipe}: differential privacy is off: ε = ∞. Set privacy.dp: site to bound it.")
         return
@@ -40,21 +53,8 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = Fals
     each = [epsilon(Releases(z, count), spec.delta) for count in range(1, rounds + 1)]
     rdp = epsilon_by_rdp(Releases(z, rounds), spec.delta)
     if json:
-        print_json(
-            {
-                "dp": spec.dp,
-                "unit": UNIT,
-                "adjacency": ADJACENCY,
-                "sampling": SAMPLING,
-                "rounds": rounds,
-                "clip": spec.clip,
-                "noise_multiplier": z,
-                "delta": spec.delta,
-                "epsilon": _finite(each[-1]),
-                "epsilon_rdp": _finite(rdp),
-                "epsilon_after_round": [_finite(value) for value in each],
-            }
-        )
+        known = (spec.dp, rounds, UNIT, ADJACENCY, SAMPLING, spec.clip, z, spec.delta, _finite(each[-1]), _finite(rdp))
+        print_json(dict(zip(_PLAN_KEYS, (*known, [_finite(value) for value in each]), strict=True)))
         return
     say(f"{recipe}: differential privacy of each {UNIT}")
     say(f"  noise multiplier z    {z:g}: σ = {z * (spec.clip or 0):g} on each element of the sum of updates")
@@ -69,11 +69,12 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = Fals
 
 
 def ledger(
-    directory: Annotated[
-        Path, typer.Argument(help="A folder of runs, or one run's folder.", metavar="DIR")
-    ] = Path("runs"),
+    directory: Annotated[Path, typer.Argument(help="A folder of runs, or one run's folder.", metavar="DIR")] = Path(
+        "runs"
+    ),
     delta: Annotated[
-        float | None, typer.Option("--delta", help="δ for totals. Default: the smallest among the runs.", metavar="δ")
+        float | None,
+        typer.Option("--delta", help="Compute totals at this δ. Default: the smallest of the runs'.", metavar="DELTA"),
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -1,5 +1,6 @@
-"""What runs have spent of their sites' privacy, read off their journals: a release is spent when its round's commit is in
-the journal, and no restart resets that.
+"""What runs have spent of their sites' privacy, read off their journals.
+
+A release is spent when its round's commit is in the journal, and no restart resets that.
 """
 
 from __future__ import annotations
