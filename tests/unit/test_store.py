@@ -1245,6 +1245,21 @@ def test_after_the_last_version_nothing_is_accepted_and_every_task_is_over(store
     assert store.open_training("r1") == {}
 
 
+def test_an_abandoned_version_stays_so_whoever_leads_next(store: Store) -> None:
+    """What was accepted into it is not refused after all; it goes when the run has failed."""
+    add_run(store)
+    lease = lead(store)
+    commit(store, lease, 0)
+    open_version(store, lease)
+    assert answer(store, "a").accepted
+    assert store.apply("r1", 1, DeadlinePassed(1), lease=lease).accepted
+    found, _ = store.open_round(lead(store), Version.first(1, 2, 1, 6), "base1")
+    assert (found.phase, found.answered) == (Phase.ABANDONED, ("a",))
+    assert [u.site for u in store.accepted_uploads("r1", 1)] == ["a"]
+    with pytest.raises(Refused, match="version 1 is abandoned"):
+        answer(store, "b")
+
+
 def test_many_answers_at_one_instant_fill_buffer_after_buffer(another: Callable[[], Store]) -> None:
     """By several replicas: each update is in one buffer, each buffer but the last is full."""
     stores = [another() for _ in range(4)]

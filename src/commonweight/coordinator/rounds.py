@@ -46,6 +46,7 @@ class RoundsPart(Part):
 
         A round that is open or closed goes on as it is, with its own base, whoever opened it. One that was abandoned
         is begun anew as given: its accepted updates stay if `round.answered` has their sites, the others are refused.
+        An abandoned version stays abandoned.
 
         Args:
             base: hex digest of the frame with the global tensors that it starts from.
@@ -62,7 +63,7 @@ class RoundsPart(Part):
         known, its_base = locked(tx, lease.run, round.number)
         if known.phase is Phase.COMMITTED:
             raise StateError(f"round {round.number} of run {lease.run!r} is committed already")
-        if known.phase is not Phase.ABANDONED:
+        if known.phase is not Phase.ABANDONED or isinstance(known, Version):
             return known, its_base
         tx.execute(rounds.update().where(*_is(lease.run, round.number)).values(state=_text(round), base=base))
         _refuse_others(tx, lease.run, round)

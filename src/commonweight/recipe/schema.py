@@ -379,8 +379,8 @@ def _cohort(value: object) -> object:
 class ClockSpec(Section):
     """Simulation: how fast each site works, on a virtual clock. Without `speeds` or `fastest` there is no clock.
 
-    An asynchronous strategy goes by the clock; of a synchronous run, the metrics say how long each round would have
-    taken: as long as its slowest site.
+    The simulation of an asynchronous strategy goes by the clock (over a network sites are as fast as they are); of a
+    synchronous run, the metrics say how long each round would have taken: as long as its slowest site.
     """
 
     speeds: list[float] | None = Field(
@@ -433,9 +433,14 @@ class FederationSpec(Section):
         0.5,
         gt=0,
         le=1,
-        description="Share of the cohort that must answer; a round below it ends the run with an error.",
+        description="Share of the cohort that must answer; a round below it ends the run with an error. An "
+        "asynchronous strategy has its `buffer` instead.",
     )
-    min_sites: int = Field(1, ge=1, description="And at least this many sites must answer.")
+    min_sites: int = Field(
+        1,
+        ge=1,
+        description="And at least this many sites must answer; an asynchronous strategy's `buffer` is no smaller.",
+    )
     over_selection: float = Field(
         1.0,
         ge=1,
@@ -453,7 +458,8 @@ class FederationSpec(Section):
         10.0,
         gt=0,
         description="Networked runs: a round waits this long for a site that is away (unreachable, restarting), as "
-        "long as its quorum can be met without it; without a quorum it waits on, up to `deadline_s`.",
+        "long as its quorum can be met without it; without a quorum it waits on, up to `deadline_s`. An asynchronous "
+        "run then gives its place among those who work at once to another.",
     )
     retries: int = Field(1, ge=0, description="Times a site's task is repeated after its worker died.")
     strategy: MethodField = Field(
