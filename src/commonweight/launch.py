@@ -20,12 +20,13 @@ from .federation.cohort import check_cohort
 from .federation.controls import run_controls
 from .federation.evaluation import Evaluation
 from .federation.events import Events, Listener, phase_seconds
-from .federation.folder import RunFolder, write_json, write_text
+from .federation.folder import RunFolder, storage_errors, write_json, write_text
 from .federation.global_model import MemoryModel
 from .federation.journal import Journal
 from .federation.private_rounds import PrivateRounds
 from .federation.record import Record
 from .federation.relays import check_relays
+from .federation.residuals import save_residual
 from .federation.run import FederatedRun
 from .federation.shelf import FolderShelf
 from .federation.tally import Sites
@@ -133,7 +134,7 @@ def _train(
         engine.broadcast(bench.theta, {})
         evaluation.base()
         private = PrivateRounds.of(recipe, journal, len(sites.names))
-        model = MemoryModel(strategy, bench.theta.clone(), folder, bench.save, recipe.federation, private)
+        model = MemoryModel(strategy, bench.theta.clone(), folder, bench.save, recipe.federation, private, bench.moved)
         shelf = FolderShelf(
             folder,
             journal,
@@ -151,6 +152,9 @@ def _train(
             FederatedRun(recipe, lambda _: sites, strategy, model, engine, journal, shelf, events, evaluation).run()
         theta = model.state.theta
         bench.save(theta, folder.path / "adapter", tokenizer=True)
+        if strategy.moves_base:
+            with storage_errors(folder.path):
+                save_residual(model.residuals, recipe.federation.rounds, folder.path / "adapter")
         digest = theta.digest()
         events.emit("adapter_saved", folder="adapter", digest=digest)
         if {"local", "centralised"} & set(recipe.evaluation.controls):

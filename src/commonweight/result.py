@@ -14,13 +14,15 @@ from .data.chat import open_turn
 from .data.sites import load_sites
 from .data.templates import Example, open_example, question_example
 from .data.tokens import encode, prompt_ids
-from .engines.bench import check_context
+from .engines.bench import asked_by_strategy, check_context
 from .errors import ModelError, RecipeError, StateError
 from .evaluate.metrics import summarise
 from .evaluate.scoring import answer, score_site
 from .federation.events import last_event
 from .federation.folder import storage_errors
+from .federation.residuals import Residuals, save_combined
 from .model.base import Base, because, choose_device, load_base, load_weights
+from .model.moved_base import MovedBase
 from .recipe.load import load_recipe
 from .recipe.schema import Recipe
 from .train.loss import LanguageModel, autocast_dtype
@@ -39,18 +41,44 @@ class Result:
 
 
 def open_result(run: Path, overrides: Sequence[str], *, round: int | None, base: bool) -> Result:
-    """Open a run's result: its adapter, that of a round, or the base alone.
+    """Open a run's result: its adapter, that of a round, or the base alone. With an adapter comes what the rounds until
+    then have added to the base.
 
     Raises:
-        StateError: the folder holds no run, or not that round's adapter.
+        StateError: the folder holds no run, or not that round's adapter, or lacks what a round has added to the base.
         ModelError: the base model cannot be loaded, or the adapter does not fit it.
     """
     recipe = _recipe(run, overrides)
     loaded = load_base(recipe.model, choose_device(recipe.engine.device))
-    model = loaded.model if base else _with_adapter(loaded, recipe, _adapter_folder(run, round))
+    model = loaded.model if base else _opened(loaded, recipe, run, round)
     model.eval()
     language_model = LanguageModel(model, autocast_dtype=autocast_dtype(recipe.training, loaded.device))
     return Result(recipe, loaded, model, language_model, last_event(run / "events.jsonl", "loaded").get("layout"))
+
+
+def _opened(base: Base, recipe: Recipe, run: Path, round: int | None) -> Any:
+    """A result's adapter on the base that it belongs to, which is moved for it."""
+    folder, residuals = _adapter_folder(run, round), _residuals(run, recipe, round)
+    model = _with_adapter(base, recipe, folder)
+    if residuals is not None:
+        moved = MovedBase(model)
+        for residual in residuals[0].read(residuals[1]):
+            moved.add({module: (factors.B, factors.A) for module, factors in residual.items()})
+    return model
+
+
+def _residuals(run: Path, recipe: Recipe, round: int | None) -> tuple[Residuals, int] | None:
+    """What the rounds have added to the base, and the last of them that counts; None if this run adds nothing.
+
+    Raises:
+        StateError: one round's is missing or damaged.
+    """
+    residuals = Residuals(run)
+    if not (residuals.folder.exists() or asked_by_strategy(recipe, "moves_base", False)):
+        return None
+    last = round if round is not None else load_recipe(run / "recipe.yaml").federation.rounds
+    residuals.check(last)
+    return residuals, last
 
 
 def _recipe(run: Path, overrides: Sequence[str]) -> Recipe:
@@ -156,7 +184,8 @@ class Conversation:
 def export_result(
     run: Path, output: Path, overrides: Sequence[str] = (), *, merge: bool, round: int | None
 ) -> dict[str, Any]:
-    """Copy the adapter to `output`, or write the merged model.
+    """Copy the adapter to `output`, or write the merged model. Where rounds have added to the base, one adapter with
+    both effects is written.
 
     Raises:
         StateError: `output` is not empty, or there is no such adapter.
@@ -169,15 +198,18 @@ def export_result(
     kind = recipe.model.adapter.kind
     with storage_errors(output):
         if merge and kind != "full":
-            _merge(recipe, source, output)
+            _merge(recipe, run, round, output)
         else:
-            shutil.copytree(source, output, dirs_exist_ok=True)
+            shutil.copytree(source, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns("residual"))
+            residuals = _residuals(run, recipe, round)
+            if residuals is not None:
+                save_combined(*residuals, source, output)
         size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     what = "full weights" if merge or kind == "full" else f"a {kind} adapter"
     return {"folder": str(output), "kind": what, "bytes": size}
 
 
-def _merge(recipe: Recipe, source: Path, output: Path) -> None:
+def _merge(recipe: Recipe, run: Path, round: int | None, output: Path) -> None:
     if recipe.model.adapter.kind in ("prompt", "prefix", "p-tuning"):
         raise RecipeError(
             f"a {recipe.model.adapter.kind} adapter is learned tokens: there are no weights to merge it into",
@@ -189,6 +221,6 @@ def _merge(recipe: Recipe, source: Path, output: Path) -> None:
             hint="set model.quantization to none in a copy of the run's recipe.yaml, or export without --merge",
         )
     base = load_base(recipe.model, choose_device("cpu"))
-    merged = _with_adapter(base, recipe, source).merge_and_unload()
+    merged = _opened(base, recipe, run, round).merge_and_unload()
     merged.save_pretrained(str(output), safe_serialization=True)
     base.tokenizer.save_pretrained(str(output))

@@ -43,6 +43,12 @@ ASKED: dict[str, tuple[Change, bool, str, Change]] = {
         use("fedavg"),
     ),
     "sites of different shapes": (with_shapes, False, "flexlora", use("flexlora")),
+    "quantized bases": (
+        lambda values: values["model"].update(quantization="8bit"),
+        False,
+        "flexlora",
+        lambda values: values["model"].update(quantization="none"),
+    ),
     "runs without a virtual clock": (lambda values: values["federation"].pop("clock"), False, "fedavg", use("fedavg")),
     "deadlines, over-selection": (
         lambda values: values["federation"].update(deadline_s=5.0),

@@ -17,10 +17,12 @@ from commonweight.model.shapes import matrices
 from commonweight.model.tensors import Layout
 from commonweight.strategies.lora.factors import (
     Factors,
+    capped,
     frobenius_of_product,
     mean,
     product_difference_norm,
     residual,
+    shortened,
     stacked,
     svd_of_product,
 )
@@ -156,6 +158,41 @@ def test_norms_of_products_and_of_their_differences_are_those_of_the_dense_matri
     assert product_difference_norm(one, other) == pytest.approx(expected, rel=1e-13)
     total = stacked(factors, weights)
     assert frobenius_of_product(total.B, total.A) == pytest.approx(np.linalg.norm(dense(total)), rel=1e-12)
+
+
+@pytest.mark.parametrize(("out", "inner"), SHAPES)
+def test_shortened_factors_have_the_same_product_and_no_more_columns_than_its_rank(out: int, inner: int) -> None:
+    factors, weights = sites_of(out, inner)
+    total = stacked([*factors, *factors], [*weights, *weights])  # each direction twice
+    short = shortened(total, total.rank)
+    assert short.rank == min(out, inner, sum(one.rank for one in factors)) < total.rank
+    assert short.scale == 1.0
+    assert relative(dense(short), dense(total)) < 1e-13
+    assert relative(dense(shortened(total, 2)), nearest_of_rank(dense(total), 2)) < 1e-13
+    assert shortened(total, 0).rank == 0
+
+
+def test_shortened_factors_hold_nothing_where_all_cancels_but_keep_what_is_small() -> None:
+    B, A = drawn(1, OUT, 4, dtype=torch.float64), drawn(2, 4, IN, dtype=torch.float64)
+    nothing = stacked([Factors(B, A), Factors(B, A)], [1.0, -1.0])
+    zero = Factors(torch.zeros(OUT, 1), torch.zeros(1, IN))
+    assert product_difference_norm(shortened(nothing, 8), zero) < 1e-14 * frobenius_of_product(B, A)
+    assert shortened(Factors(torch.zeros(OUT, 4), A), 4).rank == 0
+    small = stacked([Factors(B, A), Factors(B, A), Factors(drawn(3, OUT, 1), drawn(4, 1, IN))], [1.0, -1.0, 1e-10])
+    assert relative(dense(shortened(small, 1)), 1e-10 * dense(Factors(drawn(3, OUT, 1), drawn(4, 1, IN)))) < 1e-4
+
+
+@pytest.mark.parametrize(("out", "inner"), SHAPES)
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_capped_factors_have_the_same_product_in_no_more_numbers_than_the_layer_needs(
+    out: int, inner: int, repeats: int
+) -> None:
+    factors, weights = sites_of(out, inner)
+    total = stacked(factors * repeats, weights * repeats)
+    small = capped(Factors(total.B, total.A, scale=0.5))
+    assert small.rank == min(out, inner, total.rank)
+    assert small.scale == 1.0
+    assert relative(dense(small), 0.5 * dense(total)) < 1e-14
 
 
 def test_norm_of_a_product_with_b_zero_is_zero() -> None:

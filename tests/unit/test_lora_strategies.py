@@ -1,7 +1,8 @@
-"""FlexLoRA and LoRA-FAIR against dense float64 NumPy, on layers whose two sides differ.
+"""FlexLoRA, LoRA-FAIR, FLoRA and FedEx-LoRA against dense float64 NumPy, on layers whose two sides differ.
 
 The rounds: four sites with unequal weights, one of them missing in the second; two layers of different shapes, a head
-that is trained whole, and integers. What is compared is the product B·A, which the model sees.
+that is trained whole, and integers. What is compared is the product B·A, which the model sees,
+and with it what FLoRA and FedEx-LoRA leave to the base.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,9 @@ from commonweight.model.tensors import Layout, NamedTensors
 from commonweight.strategies.base import ServerState, Strategy
 from commonweight.strategies.fedavg import FedAvg
 from commonweight.strategies.lora.factors import Factors
+from commonweight.strategies.lora.fedex_lora import FedExLoRA
 from commonweight.strategies.lora.flexlora import FlexLoRA
+from commonweight.strategies.lora.flora import FLoRA, drawn_after
 from commonweight.strategies.lora.lora_fair import LoRAFair, ridge
 from commonweight.strategies.lora.pairs import PairsStrategy
 from commonweight.strategies.update import Update, check
@@ -36,7 +40,8 @@ Array = NDArray[np.float64]
 RANK = 4
 LAYERS = {"q": (23, 14), "up.default": (9, 31)}
 WEIGHTS = (3.0, 1.0, 7.5, 20.0)
-BOTH = [FlexLoRA, LoRAFair]
+EXACT = [FLoRA, FedExLoRA]
+ALL = [FlexLoRA, LoRAFair, *EXACT]
 #: of the product's norm, after a round: float64 arithmetic, and one rounding of each factor to its dtype
 RTOL = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 6e-3}
 
@@ -340,7 +345,7 @@ def test_ridge_on_dependent_rows_is_the_smallest_solution() -> None:
     assert not ridge(target, torch.zeros_like(A), 0.0).any()
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", [FlexLoRA, LoRAFair])
 def test_one_site_alone_is_followed_exactly(kind: type[PairsStrategy]) -> None:
     theta = initial()
     only = cohort_of(theta)[:1]
@@ -349,10 +354,140 @@ def test_one_site_alone_is_followed_exactly(kind: type[PairsStrategy]) -> None:
         assert relative(product_of(after, layer), dense_sum(site_factors(theta, only, layer))) < 1e-12
 
 
-# both
+# FLoRA and FedEx-LoRA
 
 
-@pytest.mark.parametrize("kind", BOTH)
+def residual_of(state: ServerState, layer: str) -> Array:
+    left = state.residual.get(layer)
+    if left is None:
+        return np.zeros(LAYERS[layer])
+    assert left.scale == 1.0
+    product: Array = as_array(left.B) @ as_array(left.A)
+    return product
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("dtype", list(RTOL), ids=str)
+def test_base_and_adapter_together_are_the_average_of_the_sites_products_round_after_round(
+    kind: type[PairsStrategy], dtype: torch.dtype
+) -> None:
+    strategy = kind()
+    state = strategy.init(initial(dtype))
+    base = {layer: np.zeros(size) for layer, size in LAYERS.items()}
+    for number, absent in ((1, None), (2, 2), (3, None)):
+        before, cohort = state.theta.clone(), cohort_of(state.theta, number, absent)
+        state = closed(strategy, state, cohort)
+        for layer in LAYERS:
+            sites = site_factors(before, cohort, layer)
+            meant = base[layer] + dense_sum(sites)
+            base[layer] = base[layer] + residual_of(state, layer)
+            assert relative(base[layer] + product_of(state.theta, layer), meant) < RTOL[dtype]
+            B, A = averages(sites)
+            assert relative(B @ A, dense_sum(sites)) > 0.05
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_the_exact_ones_are_exact_to_a_millionth_and_the_plain_average_is_not(kind: type[PairsStrategy]) -> None:
+    theta = initial(torch.float32)
+    cohort = cohort_of(theta)
+    strategy = kind()
+    state = closed(strategy, strategy.init(theta.clone()), cohort)
+    for layer in LAYERS:
+        W = dense_sum(site_factors(theta, cohort, layer))
+        assert relative(residual_of(state, layer) + product_of(state.theta, layer), W) < 1e-6
+        assert relative(product_of(one_round(FedAvg(), theta, cohort), layer), W) > 0.1
+
+
+def test_flora_begins_each_round_with_no_effect_and_another_a() -> None:
+    theta = initial(torch.float32)
+    seen = [theta]
+    for _ in range(3):
+        seen.append(one_round(FLoRA(), seen[-1], cohort_of(seen[-1])))
+    for layer in LAYERS:
+        name_a, name_b = names_of(layer)
+        drawn_in_turn = [one[name_a] for one in seen]
+        for one, other in pairwise(drawn_in_turn):
+            assert relative(as_array(other), as_array(one)) > 0.5
+            assert other.abs().max() <= 1 / np.sqrt(other.shape[1])
+            assert other.abs().max() > 0.8 / np.sqrt(other.shape[1])
+        assert not seen[-1][name_b].any()
+
+
+def test_floras_next_a_depends_on_the_one_before_and_nothing_else() -> None:
+    A = drawn(1, RANK, 31)
+    assert torch.equal(drawn_after(A), drawn_after(A.clone()))
+    nearly = A.clone()
+    nearly[0, 0] += 1e-9
+    assert relative(as_array(drawn_after(nearly)), as_array(drawn_after(A))) > 0.5
+
+
+def test_flora_takes_sites_of_mixed_ranks_and_scales() -> None:
+    out, inner = 23, 14
+    ranks, scales = (1, 5, 2), (0.5, 2.0, 16 / 3)
+    sites = [
+        Factors(drawn(10 + r, out, r), drawn(20 + r, r, inner), scale) for r, scale in zip(ranks, scales, strict=True)
+    ]
+    weights = [0.5, 0.125, 0.375]
+    after = Factors(torch.zeros(out, RANK), drawn(3, RANK, inner))
+    left = FLoRA().left_over(sites, weights, after)
+    meant = np.sum([p * s.scale * (as_array(s.B) @ as_array(s.A)) for p, s in zip(weights, sites, strict=True)], axis=0)
+    assert left.rank == sum(ranks)
+    assert relative(as_array(left.B) @ as_array(left.A), meant) < 1e-13
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [(FLoRA, (14, 9)), (FedExLoRA, (12, 9))])
+def test_what_goes_into_the_base_is_no_larger_than_its_rank_or_its_layer(
+    kind: type[PairsStrategy], ranks: tuple[int, int]
+) -> None:
+    theta, strategy = initial(), kind()
+    state = closed(strategy, strategy.init(theta.clone()), cohort_of(theta))
+    # of four sites of rank 4 in layers of 23 × 14 and 9 × 31: at most 16 and 12 ranks, cut to 14 and 9 by the layers
+    assert [state.residual[layer].rank for layer in LAYERS] == list(ranks)
+    assert all(left.B.dtype == torch.float64 for left in state.residual.values())
+
+
+def test_fedex_leaves_nothing_to_the_base_where_one_site_answered_or_all_have_one_a() -> None:
+    theta = initial()
+    strategy = FedExLoRA()
+    only = cohort_of(theta)[:1]
+    state = closed(strategy, strategy.init(theta.clone()), only)
+    assert state.residual == {}
+    for layer in LAYERS:
+        assert relative(product_of(state.theta, layer), dense_sum(site_factors(theta, only, layer))) < 1e-14
+
+    cohort = cohort_of(theta)
+    for update in cohort:
+        for layer in LAYERS:
+            update.delta[names_of(layer)[0]].zero_()
+    state = closed(strategy, strategy.init(theta.clone()), cohort)
+    for layer in LAYERS:
+        assert np.linalg.norm(residual_of(state, layer)) < 1e-14 * np.linalg.norm(product_of(state.theta, layer))
+
+
+def test_a_residual_is_of_the_round_that_left_it() -> None:
+    theta, strategy = initial(), FedExLoRA()
+    state = closed(strategy, strategy.init(theta), cohort_of(theta))
+    assert set(state.residual) == set(LAYERS)
+    assert closed(strategy, state, cohort_of(theta, 2)[:1]).residual == {}
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_a_residual_too_large_for_float32_is_refused_by_the_name_of_its_module(kind: type[PairsStrategy]) -> None:
+    theta = NamedTensors.of({"w.lora_A.weight": drawn(2, 4, 7).float(), "w.lora_B.weight": drawn(3, 5, 4).float()})
+    cohort = []
+    for site in range(3):
+        delta = NamedTensors.zeros(theta.layout)
+        for index, tensor in enumerate(delta.values()):
+            tensor.copy_(drawn(10 * site + index, *tensor.shape) * 1e25)
+        cohort.append(update_of(delta, 1.0))
+    with pytest.raises(RoundError, match="'w'"):
+        one_round(kind(), theta, cohort)
+
+
+# all
+
+
+@pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tensors_of_no_pair_are_averaged_with_the_weights_and_integers_stay(
     kind: type[PairsStrategy], dtype: torch.dtype
@@ -366,7 +501,7 @@ def test_tensors_of_no_pair_are_averaged_with_the_weights_and_integers_stay(
     assert torch.equal(after["ids"], theta["ids"])
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", ALL)
 def test_updates_are_not_changed_and_may_be_reused_once_folded(kind: type[PairsStrategy]) -> None:
     theta = initial()
     cohort = cohort_of(theta)
@@ -391,7 +526,7 @@ def digest_of_a_large_round(kind: type[PairsStrategy]) -> str:
     return one_round(kind(), theta, cohort_of(theta)).digest()
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", ALL)
 def test_the_same_input_gives_the_same_bits_in_another_process_too(kind: type[PairsStrategy]) -> None:
     here = digest_of_a_large_round(kind)
     assert digest_of_a_large_round(kind) == here
@@ -405,7 +540,7 @@ def test_the_same_input_gives_the_same_bits_in_another_process_too(kind: type[Pa
     assert len(here) == hashlib.sha256().digest_size * 2
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", ALL)
 def test_tensors_without_a_pair_are_refused_and_another_strategy_is_named(kind: type[PairsStrategy]) -> None:
     theta = NamedTensors.of({"model.norm.weight": drawn(1, 4), "model.q.lora_B.weight": drawn(2, 4, 2)})
     for refused in (lambda: kind().validate(theta.layout), lambda: kind().init(theta)):
@@ -419,12 +554,12 @@ def test_tensors_without_a_pair_are_refused_and_another_strategy_is_named(kind: 
     assert "fedavg" in at_round.value.hint
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", ALL)
 def test_tensors_with_a_pair_are_accepted(kind: type[PairsStrategy]) -> None:
     kind().validate(Layout.of(initial()))
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", ALL)
 def test_factors_too_large_for_their_product_are_refused_with_the_name_of_their_layer(
     kind: type[PairsStrategy],
 ) -> None:
@@ -436,7 +571,7 @@ def test_factors_too_large_for_their_product_are_refused_with_the_name_of_their_
         one_round(kind(), theta, [update_of(delta, 1.0), update_of(delta, 2.0)])
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", ALL)
 def test_a_round_without_updates_is_a_defect(kind: type[PairsStrategy]) -> None:
     strategy = kind()
     state = strategy.init(initial())
@@ -444,7 +579,7 @@ def test_a_round_without_updates_is_a_defect(kind: type[PairsStrategy]) -> None:
         strategy.close(state, strategy.open(state))
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", ALL)
 def test_strategy_is_registered_under_its_name_with_its_source(kind: type[PairsStrategy]) -> None:
     assert registry.resolve("strategy", kind.name) is kind
     assert kind.needs == "individuals"

@@ -155,7 +155,38 @@ PARTS = Story(
     keep_updates_over_s=0.0,
     kept=True,
 )
-STORIES = {"every arm": EVERY_ARM, "site state": SITE_STATE, "moments": MOMENTS, "numbers": NUMBERS, "parts": PARTS}
+MOVED_BASE = Story(
+    {
+        "federation": {"rounds": 4, "strategy": "flora", "cohort": 2, "weighting": "tokens"},
+        "training": {"lr": 0.05, "steps": 2},
+        "evaluation": {"controls": ["base", "local"]},
+    },
+    deaths(
+        ("fold.add", "after", 2),  # both updates are kept
+        ("write_residual", "before"),
+        ("write_residual", "after"),  # round 1's residual is written, not added or committed
+        ("journal.commit", "before"),
+        ("journal.commit", "after"),
+        ("move_base", "before"),  # resumed: round 1's is to be added again
+        ("move_base", "after", 2),  # and round 2's to it
+        ("write_residual", "before"),
+        ("journal.keep_update", "after"),
+        ("journal.commit", "after", 2),
+        ("save_residual", "before"),
+        ("save_residual", "after"),  # the adapter and its residual are there, controls are to come
+        ("chain.save", "after"),
+    ),
+    keep_updates_over_s=0.0,
+    kept=True,
+)
+STORIES = {
+    "every arm": EVERY_ARM,
+    "site state": SITE_STATE,
+    "moments": MOMENTS,
+    "numbers": NUMBERS,
+    "parts": PARTS,
+    "moved base": MOVED_BASE,
+}
 
 
 # --- what must be the same ----------------------------------------------------------------------------------------
@@ -168,9 +199,12 @@ def without_times(value: Any) -> Any:
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
+TENSORS = ("state", "residuals", "sites", "updates", "rounds", "adapter")
+
+
 def tensors_in(folder: Path) -> dict[str, str]:
     """Digest by name of every file that holds tensors, bar the control arms' (their results are in the metrics)."""
-    found = (path for part in ("state", "sites", "updates", "rounds", "adapter") for path in (folder / part).rglob("*"))
+    found = (path for part in TENSORS for path in (folder / part).rglob("*"))
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in found

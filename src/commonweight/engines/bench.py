@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..data.names import require_sites
 from ..data.sites import Site, load_sites
 from ..errors import RecipeError
 from ..federation.folder import storage_errors
 from ..federation.tally import Sites
-from ..model.adapters import attach_adapter, freeze, save_adapter
+from ..model.adapters import adapter_off, attach_adapter, freeze, save_adapter
 from ..model.base import Base, choose_device, load_base, weights_digest
+from ..model.moved_base import MovedBase
 from ..model.shapes import Shape, shapes_of
 from ..model.tensors import NamedTensors
 from ..model.trainables import Trainables
@@ -26,6 +28,8 @@ from ..train import batches
 from ..train.local import Objective, Participant
 from ..train.loss import LanguageModel, autocast_dtype
 
+T = TypeVar("T")
+
 
 @dataclass
 class Bench:
@@ -37,6 +41,7 @@ class Bench:
         base_digest: `weights_digest` of the base as it was loaded.
         frozen: adapter tensors that the strategy keeps out of training, and so out of `theta`; a copy.
         shapes: of the sites that hold less than the whole adapter.
+        moved: the base's weights under the adapter, if the strategy adds to them.
     """
 
     recipe: Recipe
@@ -50,6 +55,7 @@ class Bench:
     base_digest: str
     frozen: NamedTensors = field(default_factory=lambda: NamedTensors.of({}))
     shapes: Mapping[str, Shape] = field(default_factory=dict)
+    moved: MovedBase | None = None
 
     @property
     def must_match_too(self) -> dict[str, str]:
@@ -74,6 +80,18 @@ class Bench:
 
     def pack_seed(self, site: str) -> int:
         return derive_seed(self.recipe.seed, "pack", site)
+
+    @contextmanager
+    def base_as_loaded(self) -> Iterator[None]:
+        """Inside, the adapter lies on the base as it was loaded, without what rounds have added to it."""
+        with self.moved.as_loaded() if self.moved else nullcontext():
+            yield
+
+    @contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """Inside, the model is the base as it was loaded, without the adapter and without what rounds have added."""
+        with self.base_as_loaded(), adapter_off(self.model):
+            yield
 
 
 class Gather(Protocol):
@@ -108,7 +126,7 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
     model = attach_adapter(base, spec.adapter, seed=derive_seed(recipe.seed, "adapter"))
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    part = _frozen_part(recipe)
+    part = asked_by_strategy(recipe, "frozen", "")
     frozen = freeze(model, part) if part else NamedTensors.of({})
     trainables = Trainables(model)
     language_model = LanguageModel(model, autocast_dtype=autocast_dtype(recipe.training, base.device))
@@ -132,17 +150,19 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
         digest,
         frozen,
         shapes_of(spec.adapter, theta.layout),
+        MovedBase(model) if asked_by_strategy(recipe, "moves_base", False) else None,
     )
 
 
-def _frozen_part(recipe: Recipe) -> str:
-    """What the recipe's strategy freezes. A site need not have the code of a strategy, which runs at the coordinator:
-    if it freezes something, the layouts then differ, and the handshake says so."""
+def asked_by_strategy(recipe: Recipe, attribute: str, otherwise: T) -> T:
+    """What the recipe's strategy asks of a model, such as a part to freeze. A site need not have the code of a
+    strategy, which runs at the coordinator: if it freezes something, the layouts differ, and the handshake says so."""
     try:
         strategy = resolve("strategy", recipe.federation.strategy.name)
     except RecipeError:
-        return ""
-    return str(getattr(strategy, "frozen", ""))
+        return otherwise
+    found: T = getattr(strategy, attribute, otherwise)
+    return found
 
 
 def _objective(method: Method) -> Objective:

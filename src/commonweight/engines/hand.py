@@ -6,17 +6,15 @@ difference in a slot of memory that the coordinator reads.
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..federation.folder import read_tensors, write_tensors
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, TrainTask
-from ..model.tensors import NamedTensors
+from ..model.tensors import NamedTensors, shared_memory
 from ..strategies.base import Strategy
 from .bench import Bench
 from .work import Progress, TaskWork
@@ -38,7 +36,7 @@ class Memory:
     def allocate(cls, strategy: Strategy, theta: NamedTensors, num_slots: int) -> Memory:
         size = theta.layout.arena_bytes
         down, up = 1 + len(strategy.broadcast_channels), len(strategy.update_channels)
-        return cls(_shared(down * size), [_shared(up * size) for _ in range(num_slots)])
+        return cls(shared_memory(down * size), [shared_memory(up * size) for _ in range(num_slots)])
 
     def channels(self, names: tuple[str, ...], buffer: Tensor, theta: NamedTensors) -> dict[str, NamedTensors]:
         """Views into a buffer, one channel after the other."""
@@ -46,11 +44,6 @@ class Memory:
         return {
             name: NamedTensors.over(buffer[k * size : (k + 1) * size], theta.layout) for k, name in enumerate(names)
         }
-
-
-def _shared(num_bytes: int) -> Tensor:
-    # forks share an anonymous mapping; a file in /dev/shm, which torch would make, may hold 64 MB in a container
-    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 
 class Hand:

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..errors import SiteError
 from ..evaluate.scoring import answer, score_site
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, TrainTask
-from ..model.adapters import adapter_off
 from ..model.shapes import worn
 from ..model.tensors import NamedTensors
 from ..privacy.site_level import clip_
@@ -137,7 +136,7 @@ class TaskWork:
     def evaluate(self, task: EvaluateTask, theta: NamedTensors) -> dict[str, Any]:
         self.values.copy_(theta)
         if task.arm == "base":
-            with adapter_off(self.bench.model):
+            with self.bench.base_alone():
                 return self.score(task.sites, generate=task.generate)
         return self.score(task.sites, generate=task.generate)
 
@@ -158,7 +157,7 @@ class TaskWork:
     def sample(self, task: SampleTask, theta: NamedTensors) -> dict[str, Any]:
         self.values.copy_(theta)
         if task.arm == "base":
-            with adapter_off(self.bench.model):
+            with self.bench.base_alone():
                 return {"answers": [self._answer(*prompt) for prompt in task.prompts]}
         return {"answers": [self._answer(*prompt) for prompt in task.prompts]}
 
@@ -176,7 +175,7 @@ class TaskWork:
     def chain(self, task: ChainTask) -> dict[str, Any]:
         """A control arm's training through all its rounds; goes on where a killed process left it."""
         shape = self.bench.shapes.get(task.sites[0]) if task.arm == "local" else None
-        with worn(self.bench.model, shape):
+        with self.bench.base_as_loaded(), worn(self.bench.model, shape):
             chain = Chain(self, task, self.bench.theta if shape is None else shape.start(self.bench.theta))
             for number, lr, steps in task.rounds[chain.done :]:
                 chain.round(number, lr, steps)

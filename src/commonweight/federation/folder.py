@@ -4,6 +4,7 @@ recipe.yaml  events.jsonl  state.sqlite  metrics.json  report.html
 state/NNNN.safetensors      the strategy's state after round NNNN: global tensors and optimizer slots
 rounds/NNNN/                the global adapter after round NNNN, as peft saves it
 updates/NNNN-III.safetensors   accepted updates of the open round that were dear enough to keep
+residuals/NNNN.safetensors  what round NNNN added to the frozen base, of strategies that do so (residuals.py)
 sites/III/NNNN.safetensors  a site's private state after round NNNN (III: the site's place in the run's order)
 controls/<arm>/III/         tensors of the control arms
 adapter/                    the result
@@ -35,6 +36,8 @@ from ..model.tensors import Layout, NamedTensors, accumulator_dtype
 #: a worker forked just before its parent was killed holds the lock until it first runs and finds itself orphaned
 _LOCK_WAIT_S = 2.0
 _FOLDERS = ("state", "rounds", "updates", "sites", "controls")
+#: what to do about a file of a run's folder that is not as it was written
+DAMAGED = "restore the folder from a copy, or start a new run in another folder (-o)"
 
 
 class RunFolder:
@@ -191,9 +194,18 @@ def write_tensors(path: Path, groups: Mapping[str, NamedTensors], metadata: Mapp
         for group, tensors in groups.items()
         for name, dtype in _dtypes(tensors.layout).items()
     }
+    return save_tensors(path, flats, metadata)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write contiguous tensors under any names as a safetensors file; returns the file's SHA-256.
+
+    Args:
+        metadata: one entry at most: safetensors writes several in any order, and the digest would be any too.
+    """
     with replacing(path) as temporary:
-        save_file(flats, temporary, metadata=dict(metadata or {}))
-        return _sha256(temporary)
+        save_file(dict(tensors), temporary, metadata=dict(metadata or {}))
+        return sha256_of(temporary)
 
 
 def read_tensors(path: Path, layout: Layout, *, sha256: str | None = None) -> dict[str, NamedTensors]:
@@ -202,15 +214,7 @@ def read_tensors(path: Path, layout: Layout, *, sha256: str | None = None) -> di
     Raises:
         StateError: the file is missing, changed since (`sha256`), or of another layout.
     """
-    damaged = "restore the folder from a copy, or start a new run in another folder (-o)"
-    if not path.exists():
-        raise StateError(f"{path} is missing", hint=damaged)
-    if sha256 is not None and _sha256(path) != sha256:
-        raise StateError(f"{path} is damaged: its digest is not the one in the journal", hint=damaged)
-    try:
-        raw = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise StateError(f"{path} is damaged: {error}", hint=damaged) from error
+    raw = load_tensors(path, sha256=sha256)
     groups: dict[str, dict[torch.dtype | None, torch.Tensor]] = {}
     for key, flat in raw.items():
         group, _, dtype = key.rpartition("/")
@@ -218,14 +222,31 @@ def read_tensors(path: Path, layout: Layout, *, sha256: str | None = None) -> di
     for group, flats in groups.items():
         held = {d: (n, accumulator_dtype(d) if group.startswith("slot/") else d) for d, n in layout.numels.items()}
         if {d: (f.numel(), f.dtype) for d, f in flats.items()} != held:
-            raise StateError(f"{path} does not fit this model's trainable tensors ({group})", hint=damaged)
+            raise StateError(f"{path} does not fit this model's trainable tensors ({group})", hint=DAMAGED)
     return {group: NamedTensors(layout, {d: flats[d] for d in layout.numels}) for group, flats in groups.items()}
+
+
+def load_tensors(path: Path, *, sha256: str | None = None) -> dict[str, torch.Tensor]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        StateError: the file is missing, or changed since (`sha256`).
+    """
+    if not path.exists():
+        raise StateError(f"{path} is missing", hint=DAMAGED)
+    if sha256 is not None and sha256_of(path) != sha256:
+        raise StateError(f"{path} is damaged: its digest is not the one in the journal", hint=DAMAGED)
+    try:
+        loaded: dict[str, torch.Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise StateError(f"{path} is damaged: {error}", hint=DAMAGED) from error
+    return loaded
 
 
 def _dtypes(layout: Layout) -> dict[str, torch.dtype]:
     return {str(dtype).removeprefix("torch."): dtype for dtype in layout.numels}
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import RoundError
+from ..model.moved_base import MovedBase
 from ..model.tensors import Layout, NamedTensors, first_non_finite
 from ..recipe.schema import FederationSpec
 from ..strategies.base import Fold, ServerState, Strategy, SumStrategy
@@ -19,6 +20,7 @@ from .folder import RunFolder, read_tensors, write_tensors
 from .messages import Engine
 from .private_rounds import PrivateRounds
 from .relays import merge_partials
+from .residuals import Residual, Residuals
 
 
 class GlobalModel(Protocol):
@@ -70,6 +72,7 @@ class MemoryModel:
         save_adapter: writes global tensors into a folder as an adapter that others can open.
         spec: names the relays, if there are any.
         private: makes rounds' sums private; None: they are not.
+        base: what the participants' models compute with under the adapter, if the strategy adds to it.
     """
 
     def __init__(
@@ -80,8 +83,12 @@ class MemoryModel:
         save_adapter: Callable[[NamedTensors, Path], None],
         spec: FederationSpec | None = None,
         private: PrivateRounds | None = None,
+        base: MovedBase | None = None,
     ) -> None:
+        if strategy.moves_base and base is None:
+            raise ValueError(f"{strategy.name} adds to the base, and there is none to add to")
         self.strategy, self.folder, self._theta, self._save_adapter = strategy, folder, theta, save_adapter
+        self._base, self.residuals = base, Residuals(folder.path)
         self.state: ServerState
         self.private = private
         self._relays = () if spec is None else tuple(spec.relays)
@@ -101,6 +108,10 @@ class MemoryModel:
         groups = read_tensors(self.folder.state_file(round), self.layout, sha256=record["sha256"])
         slots = {name.removeprefix("slot/"): t for name, t in groups.items() if name != "theta"}
         self.state, self._round = ServerState(groups["theta"], slots, dict(record.get("numbers", {}))), round
+        if "residual" in record:
+            self.residuals.check(round, record["residual"]["sha256"])
+            for residual in self.residuals.read(round):
+                self._move(residual)
         self.committed(round)  # a kill may have come between the commit and this
 
     def announce(self, engine: Engine) -> None:
@@ -137,7 +148,15 @@ class MemoryModel:
             )
         self._round = round
         self._save_adapter(self.state.theta, self.folder.round_folder(round))
-        return self._write(round)
+        record = self._write(round)
+        if self.strategy.moves_base:
+            record["residual"] = self.residuals.write(round, self.state.residual)
+            self._move(self.state.residual)
+        return record
+
+    def _move(self, residual: Residual) -> None:
+        assert self._base is not None
+        self._base.add({module: (factors.B, factors.A) for module, factors in residual.items()})
 
     def committed(self, round: int) -> None:
         if self.private is not None:

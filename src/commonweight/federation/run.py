@@ -24,6 +24,7 @@ from .events import Events
 from .global_model import GlobalModel
 from .journal import RunJournal
 from .messages import Dropped, Engine, EvaluateTask, Outcome, TrainTask
+from .residuals import bytes_to_catch_up
 from .round import Answered, Committed, DeadlinePassed, Failed, Phase, Round
 from .shelf import Shelf
 from .tally import Sites, Tally, Timing
@@ -94,7 +95,8 @@ class FederatedRun:
         self.model.announce(self.engine)
 
         self.model.open()
-        tally = Tally(lr=lr, layout=self.model.layout, sites=self.sites)
+        further = bytes_to_catch_up(self.journal.commits(), cohort) if self.strategy.moves_base else 0
+        tally = Tally(lr=lr, layout=self.model.layout, sites=self.sites, further_bytes_down=further)
         for outcome in self._outcomes(number, cohort, lr):
             round = self._hear(round, outcome, tally, timing)
         if tally.late:

@@ -64,11 +64,13 @@ class Tally:
     Args:
         layout: of the global tensors.
         sites: those that send or fetch less say so.
+        further_bytes_down: what the cohort receives beside the global tensors, all sites together.
     """
 
     lr: float
     layout: Layout
     sites: Sites
+    further_bytes_down: int = 0
     updates: int = 0
     bytes_up: int = 0
     steps: int = 0
@@ -106,6 +108,6 @@ class Tally:
             "examples": self.examples,
             "label_tokens": self.label_tokens,
             "bytes_up": self.bytes_up * channels,
-            "bytes_down": fetched * (1 + len(strategy.broadcast_channels)),
+            "bytes_down": fetched * (1 + len(strategy.broadcast_channels)) + self.further_bytes_down,
             **({"bytes_received": received * channels} if relays else {}),
         }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,6 +166,12 @@ class NamedTensors(Mapping[str, Tensor]):
         for flat in self.flats.values():
             sha.update(bytes_of(flat))
         return sha.hexdigest()
+
+
+def shared_memory(num_bytes: int) -> Tensor:
+    """uint8 zeros that a process shares with the forks that it makes later: what one writes, all read."""
+    # an anonymous mapping; a file in /dev/shm, which torch would make, may hold 64 MB in a container
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

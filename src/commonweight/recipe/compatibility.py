@@ -64,7 +64,14 @@ FEATURES = (
         lambda recipe, network: bool(recipe.model.adapter.shaped),
         lambda strategy: bool(_is(strategy, "mixed_shapes")),
         "it combines tensors of one shape, and model.adapter.sites or model.adapter.budget gives some sites another",
-        "Use the strategy flexlora or hetlora, or give all sites the whole adapter",
+        "Use the strategy flora, flexlora or hetlora, or give all sites the whole adapter",
+    ),
+    Feature(
+        "quantized bases",
+        lambda recipe, network: recipe.model.quantization != "none",
+        lambda strategy: not _is(strategy, "moves_base"),
+        "its rounds add to the weights of the base, and into rounded ones a small change cannot be added",
+        "Set model.quantization to none, or use the strategy flexlora or fedavg",
     ),
     Feature(
         "runs without a virtual clock",

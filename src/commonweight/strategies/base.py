@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import RoundError
 from ..model.shapes import Shape
 from ..model.tensors import Layout, NamedTensors, first_non_finite
+from .lora.factors import Factors
 from .update import Update
 
 # elements widened at once, in 16 MiB that stay in cache. Left to itself, `add_` widens the whole of a narrower update
@@ -44,12 +45,16 @@ class ServerState:
         slots: further tensors by name (`m`, `v`, `control` …), of theta's layout, wide (`NamedTensors.zeros`).
         numbers: plain numbers by name, a site's weight say; the journal keeps them. Not over a network.
         first: where these tensors begin in the whole model's flats, if they are a stretch of them.
+        residual: what the round just closed adds to the frozen base, by module (`individuals.matrices`): factors of
+            scale 1, whose product times the adapter's own scale is added. Only of strategies that `moves_base`, and not
+            carried on: whoever runs them keeps it.
     """
 
     theta: NamedTensors
     slots: dict[str, NamedTensors] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     first: Mapping[torch.dtype, int] = field(default_factory=dict)
+    residual: dict[str, Factors] = field(default_factory=dict)
 
 
 class Release(Protocol):
@@ -95,6 +100,8 @@ class Strategy(ABC):
     pairs: ClassVar[bool] = False
     #: whether it combines sites that hold different parts of a LoRA adapter (`shapes`); such a strategy has `pairs`
     mixed_shapes: ClassVar[bool] = False
+    #: whether its rounds add to the frozen base what the adapter cannot hold (`ServerState.residual`)
+    moves_base: ClassVar[bool] = False
     #: whether it takes in updates as they come, without rounds in which sites wait for each other
     asynchronous: ClassVar[bool] = False
     #: why no coordinator can run it, whose updates and model lie in files, as the end of a sentence; "": one can

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..model.tensors import Entry, Layout, all_finite
 from .base import ServerState, non_finite
 from .individuals import IndividualsStrategy
+from .lora.factors import Factors
 from .update import Update
 
 #: the state's name for the global tensors; its other names are the slots'
@@ -65,10 +66,12 @@ class SideBySide(ABC):
     Args:
         layout: of the global tensors.
         updates: who answered, in cohort order. Their tensors are read by `sent` alone: they may lie elsewhere.
+        residual: what the round adds to the base, as in `ServerState`.
     """
 
     def __init__(self, layout: Layout, updates: Sequence[Update]) -> None:
         self.layout, self.updates = layout, updates
+        self.residual: dict[str, Factors] = {}
 
     @abstractmethod
     def sent(self, stretch: Stretch, channel: str = "delta") -> list[Tensor]:
@@ -92,6 +95,16 @@ class SideBySide(ABC):
             place = stretch.start + int(rounded.isfinite().logical_not().nonzero()[0])
             raise non_finite(_name_at(self.layout, stretch.dtype, place), name)
         self._hold(name, stretch, rounded)
+
+    def leave(self, module: str, factors: Factors) -> None:
+        """Let a module's base take up these factors.
+
+        Raises:
+            RoundError: they hold NaN or infinity.
+        """
+        if not (bool(factors.B.isfinite().all()) and bool(factors.A.isfinite().all())):
+            raise non_finite(module, "residual")
+        self.residual[module] = factors
 
     @abstractmethod
     def held_as(self, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -130,8 +143,10 @@ class SideBySideStrategy(IndividualsStrategy):
     not_networked = ""
 
     def combine(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
+        table = InMemory(state, updates)
         with one_thread():
-            self.merge(InMemory(state, updates))
+            self.merge(table)
+        state.residual = table.residual
         return state
 
     @abstractmethod

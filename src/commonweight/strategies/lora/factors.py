@@ -1,10 +1,11 @@
-"""The algebra of products of thin factors, in which no out × in matrix is ever formed.
+"""The algebra of products of thin factors, in which no out × in matrix is formed while the factors are smaller.
 
 A LoRA pair changes a layer's weight by ΔW = s·BA, with B out × r, A r × in and s = α/r. The average that is meant,
 Σ pᵢsᵢBᵢAᵢ, has rank up to Σrᵢ, and B̄Ā is not it. Here:
 
     stacked      [B₁ … B_k]·[p₁s₁A₁; …; p_ks_kA_k] = Σ pᵢsᵢBᵢAᵢ, exactly (Wang et al. 2024, arXiv:2409.05976)
     residual     Σ pᵢsᵢBᵢAᵢ − s·B̄Ā as factors (Singhal et al. 2024, arXiv:2410.09432)
+    shortened    the same product with an inner size of no more than its rank, before it is sent
     SVD          B = Q_B R_B and Aᵀ = Q_A R_A, so BA = Q_B (R_B R_Aᵀ) Q_Aᵀ: the SVD of the small core gives all of it
 
 All is computed in float64, whatever the factors are held in. With n = Σrᵢ, an SVD takes O((out + in)·n² + n³) time and
@@ -114,6 +115,35 @@ def svd_of_product(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Ten
     left, right = _Orthogonal(B.double()), _Orthogonal(A.double().T)
     u, s, vt = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
     return left.times(u[:, :rank]), s[:rank], right.times(vt[:rank].T).T
+
+
+def shortened(factors: Factors, rank: int) -> Factors:
+    """The same product from its SVD, float64, of scale 1: B = U·diag(S), A = Vᵀ, with an inner size of at most `rank`.
+
+    Directions that lie below the rounding of the product's own terms, ε·‖B‖·‖A‖, are left out: where the terms cancel
+    they hold nothing else. So nothing is lost as long as the product's rank is not larger than `rank`; and since every
+    column is a mixture of all the sites', none shows a single site's factors.
+
+    Raises:
+        torch.linalg.LinAlgError: as `svd_of_product`.
+    """
+    B, A = factors.B.double(), factors.A.double() * factors.scale
+    u, s, vt = svd_of_product(B, A, max(1, rank))
+    rounding = torch.finfo(s.dtype).eps * float(torch.linalg.matrix_norm(B)) * float(torch.linalg.matrix_norm(A))
+    kept = min(rank, int((s > rounding).sum()))
+    return Factors(u[:, :kept] * s[:kept], vt[:kept])
+
+
+def capped(factors: Factors) -> Factors:
+    """The same product, of scale 1, with an inner size of at most out and in: as it is, or else as W·I or I·W.
+
+    The one place where a dense product is formed: it is smaller than factors with a larger inner size are.
+    """
+    B, A = factors.B.double(), factors.A.double() * factors.scale
+    if factors.rank <= min(B.shape[0], A.shape[1]):
+        return Factors(B, A)
+    identity = torch.eye(min(B.shape[0], A.shape[1]), dtype=B.dtype)
+    return Factors(identity, B @ A) if len(identity) == B.shape[0] else Factors(B @ A, identity)
 
 
 def frobenius_of_product(B: Tensor, A: Tensor) -> float:

@@ -1,4 +1,8 @@
-"""What LoRA's strategies share: pairs of factors are combined side by side, every other tensor is averaged."""
+"""What LoRA's strategies share: pairs of factors are combined side by side, every other tensor is averaged.
+
+A pair can hold a product of rank r, and the average of the sites' products has more. Some strategies leave the rest to
+the base: `left_over` says what that is, as thin factors, module by module.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,9 @@ from ..base import ServerState
 from ..individuals import weights_of
 from ..side_by_side import THETA, SideBySide, SideBySideStrategy, Stretch
 from .factors import Factors
+
+#: why a strategy that `moves_base` cannot run over a network
+NO_MOVED_BASE = "it adds to the base, of which each networked site has its own"
 
 _HINT = "choose a LoRA adapter (model.adapter), or a strategy that averages any tensors, such as fedavg"
 
@@ -86,6 +93,7 @@ class PairsStrategy(SideBySideStrategy):
             among = [weight / sum(among) for weight in among]
         try:
             after = self.combine_pair(Factors(B.double(), A.double()), sites, among)
+            left = self.left_over(sites, among, after)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but its stub is silent
             raise RoundError(
                 f"the sites' products B·A of {module!r} cannot be decomposed: {error}",
@@ -93,6 +101,9 @@ class PairsStrategy(SideBySideStrategy):
             ) from error
         table.hold(THETA, Stretch.of(entry_a), after.A)
         table.hold(THETA, Stretch.of(entry_b), after.B)
+        if left.rank:
+            dtype = accumulator_dtype(entry_b.dtype)
+            table.leave(module, Factors(left.B.to(dtype), left.A.to(dtype)))
 
     def _holds(self, site: str, name: str) -> bool:
         shape = self.shapes.get(site)
@@ -122,6 +133,15 @@ class PairsStrategy(SideBySideStrategy):
         Raises:
             torch.linalg.LinAlgError: the factors are too large for their product.
         """
+
+    def left_over(self, sites: Sequence[Factors], weights: Sequence[float], after: Factors) -> Factors:
+        """What the pair `after` cannot hold of the sites' work, to be added to the base: of scale 1, and of rank 0 if
+        there is nothing.
+
+        Raises:
+            torch.linalg.LinAlgError: the factors are too large for their product.
+        """
+        return Factors(after.B[:, :0], after.A[:0])
 
     def _without_pairs(self, layout: Layout) -> str:
         names = ", ".join(list(layout.by_name)[:3])
