@@ -90,12 +90,13 @@ def files_in(folder: Path) -> FrameFiles:
     return FrameFiles(Blobs(str(folder / "blobs"), folder / "cache"), folder / "scratch", "r")
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
-@pytest.mark.parametrize("name", ROUNDS)
+@pytest.mark.parametrize(
+    ("name", "mixed"), [*((name, True) for name in ROUNDS), ("fedavg", False), ("median", False), ("flexlora", False)]
+)
 def test_the_same_bits_as_in_memory(name: str, mixed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three rounds, in the second of which a site is missing; stretches and chunks of sizes that do not fit."""
-    monkeypatch.setattr(side_by_side, "_ELEMENTS", 2000)
-    theta, chunk_bytes = tensors(0, mixed=mixed), 1024
+    """Two rounds, in the second of which a site is missing; stretches and chunks of sizes that do not fit."""
+    monkeypatch.setattr(side_by_side, "_ELEMENTS", 3000)
+    theta, chunk_bytes = tensors(0, mixed=mixed), 2048
     in_memory = strategy_of(name)
     folder = RunFolder(tmp_path / "run", resume=False)
     memory = MemoryModel(in_memory, theta.clone(), folder, lambda theta, path: None)
@@ -104,7 +105,7 @@ def test_the_same_bits_as_in_memory(name: str, mixed: bool, tmp_path: Path, monk
     initial = files.write({"theta": theta}, Plan(theta.layout, (Channel("theta"),), chunk_bytes))
     stored = StoredModel(strategy_of(name), files, initial.digest)
     stored.first()
-    for number in (1, 2, 3):
+    for number in (1, 2):
         memory.open()
         stored.open()
         for place, (site, weight) in enumerate(zip(SITES, WEIGHTS, strict=True)):
@@ -120,7 +121,7 @@ def test_the_same_bits_as_in_memory(name: str, mixed: bool, tmp_path: Path, monk
         record = stored.close(number)
     assert stored.digest() == memory.state.theta.digest()
     again = StoredModel(strategy_of(name), files, initial.digest)
-    again.restore(3, record)
+    again.restore(2, record)
     for slot, held in memory.state.slots.items():
         digest = again.base if slot in in_memory.broadcast_channels else again.slots
         frame = files.open(digest)

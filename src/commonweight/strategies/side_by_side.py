@@ -48,9 +48,14 @@ class Stretch:
 
     def cut(self, num_rows: int) -> Iterator[Stretch]:
         """Parts of as many elements as may be worked on at once in `num_rows` rows."""
-        step = max(1, _ELEMENTS // max(1, num_rows))
+        step = elements_at_once(num_rows)
         for start in range(self.start, self.stop, step):
             yield Stretch(self.dtype, start, min(start + step, self.stop))
+
+
+def elements_at_once(num_rows: int) -> int:
+    """The most elements of a stretch that is worked on in `num_rows` rows."""
+    return max(1, _ELEMENTS // max(1, num_rows))
 
 
 def stretches(layout: Layout, num_rows: int) -> Iterator[Stretch]:

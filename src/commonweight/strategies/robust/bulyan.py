@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..update import Update
 from .krum import krum_scores
-from .rows import Survey, middle, sorted_columns, squared_distances
+from .rows import Survey, middle, sort_columns_, squared_distances
 from .strategy import Combine, RobustStrategy, StatedOptions
 
 
@@ -39,19 +39,26 @@ def bulyan_choice(products: Tensor, f: int) -> list[int]:
     return sorted(chosen)
 
 
-def mean_near_median(rows: Tensor, count: int) -> Tensor:
-    """The mean, in each column, of the `count` values nearest to the median; of two equally near the smaller: (k,)."""
-    ordered = sorted_columns(rows)
-    values, center = torch.stack(ordered), middle(ordered)
-    first = torch.zeros(1, values.shape[1], dtype=torch.long)
-    last = first + len(values) - 1
-    for _ in range(len(values) - count):
-        # the value furthest from the median is at one of the two ends
-        drop_first = center - values.gather(0, first) > values.gather(0, last) - center
-        first += drop_first
-        last -= (~drop_first).long()
-    places = torch.arange(len(values))[:, None]
-    return values.masked_fill_((places < first) | (places > last), 0).sum(0).div_(count)
+def mean_near_median(rows: Sequence[Tensor], count: int) -> Tensor:
+    """The mean, in each column, of the `count` values nearest to the median; of two equally near the smaller: (k,).
+
+    In ascending order they are neighbours: of two values `count` places apart the one further from the median is out.
+
+    Args:
+        rows: n of (k,); used up.
+    """
+    values = sort_columns_(rows)
+    center = middle(values)
+    upper_kept = [center - low > high - center for low, high in zip(values, values[count:], strict=False)]
+    total = torch.zeros_like(center)
+    for place, value in enumerate(values):
+        kept = torch.ones_like(center, dtype=torch.bool)
+        if place < len(upper_kept):
+            kept &= ~upper_kept[place]
+        if place >= count:
+            kept &= upper_kept[place - count]
+        total += torch.where(kept, value, 0)
+    return total.div_(count)
 
 
 class Bulyan(RobustStrategy):
@@ -71,4 +78,4 @@ class Bulyan(RobustStrategy):
     def plan(self, seen: Survey, updates: Sequence[Update]) -> Combine:
         chosen = bulyan_choice(seen.products, self.options.f)
         count = len(updates) - 4 * self.options.f
-        return lambda rows: mean_near_median(rows[chosen], count)
+        return lambda rows: mean_near_median([rows[place] for place in chosen], count)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..update import Update
-from .rows import Survey, mean_of, middle, sorted_columns
+from .rows import Survey, mean_of, middle, sort_columns_
 from .strategy import Combine, RobustStrategy, StatedOptions
 
 _SOURCE = (
@@ -16,12 +16,13 @@ _SOURCE = (
 
 
 def median(rows: Tensor) -> Tensor:
-    """The median of each column of n × k rows, for even n the mean of the middle two: (k,)."""
-    return middle(sorted_columns(rows))
+    """The median of each column of n × k rows, for even n the mean of the middle two: (k,). The rows are used up."""
+    return middle(sort_columns_(list(rows)))
 
 
 def trimmed_mean(rows: Tensor, f: int) -> Tensor:
     """The mean of each column of n × k rows, float64, without its f smallest and its f largest values: (k,).
+    The rows are used up.
 
     Raises:
         ValueError: f is negative, or n < 2f + 1.
@@ -31,7 +32,7 @@ def trimmed_mean(rows: Tensor, f: int) -> Tensor:
         raise ValueError(f"{n} rows cannot be trimmed by f = {f} at each end")
     if f == 0:
         return mean_of(rows)
-    total, *others = sorted_columns(rows)[f : n - f]
+    total, *others = sort_columns_(list(rows))[f : n - f]
     for values in others:
         total.add_(values)
     return total.div_(n - 2 * f)

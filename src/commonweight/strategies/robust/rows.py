@@ -3,7 +3,9 @@
 Rows are n × d; n up to 100 or so, d up to many millions. One pass over them, a stretch of columns at a time, gives
 ⟨xᵢ,xⱼ⟩ of all rows in float64. Distances come from these, ‖xᵢ − xⱼ‖² = ⟨xᵢ,xᵢ⟩ + ⟨xⱼ,xⱼ⟩ − 2⟨xᵢ,xⱼ⟩, and so does
 everything about combinations Σ cᵢxᵢ; a huge hostile row spoils its own distances only. The rest is done to n × k values
-of one stretch, float64. A mean of equal float32 rows is that row, to the bit.
+of one stretch, float64, and in place: a heap from which megabytes are taken and given back for each stretch may grow
+to the size of all rows (glibc does not find the hole that an aligned block leaves). A mean of equal float32 rows is
+that row, to the bit.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..side_by_side import SideBySide, Stretch, stretches
+from ..side_by_side import SideBySide, Stretch, elements_at_once, stretches
 
 # float64 sums of millions of products leave this much of ‖xᵢ‖² + ‖xⱼ‖² where two rows are equal
 _CANCELLED = 1e-13
@@ -56,7 +58,7 @@ def survey(
         if pairwise:
             products.addmm_(rows, rows.T)
         else:
-            products.diagonal().add_(rows.square().sum(1))
+            products.diagonal().add_(torch.stack([row @ row for row in rows]))
         first, last = torch.searchsorted(wanted, torch.tensor([passed, passed + rows.shape[1]])).tolist()
         found.append(rows[:, wanted[first:last] - passed])
         passed += rows.shape[1]
@@ -65,10 +67,11 @@ def survey(
 
 
 def all_rows(table: SideBySide, slots: Sequence[str] = ()) -> Iterator[tuple[Stretch, Tensor]]:
-    """Each stretch of columns, and the rows there: n × k, float64, the caller's own."""
+    """Each stretch of columns, and the rows there: n × k, float64; they may be changed, and are good until the next."""
     num_rows = len(table.updates) + len(slots)
+    memory = torch.empty(num_rows * elements_at_once(num_rows), dtype=torch.float64)
     for stretch in stretches(table.layout, num_rows):
-        rows = torch.empty(num_rows, stretch.numel, dtype=torch.float64)
+        rows = memory[: num_rows * stretch.numel].view(num_rows, stretch.numel)
         for row, values in zip(rows, [*table.sent(stretch), *(table.held(s, stretch) for s in slots)], strict=True):
             row.copy_(values)
         yield stretch, rows
@@ -118,10 +121,14 @@ class Prepared:
         found = (self.mixed @ found @ self.mixed.T).div_(counts[:, None] * counts)
         return (found + found.T) / 2
 
-    def rows(self, rows: Tensor) -> Tensor:
-        """The rows after it: n × k; may change those given."""
+    def rows_(self, rows: Tensor) -> Tensor:
+        """The rows after it, n × k, in place."""
         rows.mul_(self.scales[:, None])
-        return rows if self.mixed is None else (self.mixed @ rows).div_(self.mixed.sum(1)[:, None])
+        if self.mixed is not None:
+            counts = self.mixed.sum(1)[:, None]
+            for part in torch.split(rows, max(1, rows.shape[1] // 8), dim=1):
+                part.copy_((self.mixed @ part).div_(counts))
+        return rows
 
 
 def scales_within(products: Tensor, bound: float) -> Tensor:
@@ -155,12 +162,15 @@ def mean_of(rows: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
     return (counts @ rows).div_(counts.sum())
 
 
-def sorted_columns(rows: Tensor) -> list[Tensor]:
-    """Each column's n values in ascending order: n tensors of (k,), the smallest first.
+def sort_columns_(rows: Sequence[Tensor]) -> list[Tensor]:
+    """The k columns' n values in ascending order, n tensors of (k,), the smallest first: in place, in the rows' memory.
 
     A network of comparisons between whole rows: about ten times as fast as sorting column by column.
+
+    Args:
+        rows: n of (k,).
     """
-    ordered = list(rows.clone())
+    ordered = list(rows)
     if not ordered:
         return []
     spare = torch.empty_like(ordered[0])

@@ -15,7 +15,7 @@ from ..side_by_side import THETA, SideBySide, SideBySideStrategy
 from ..update import Update
 from .rows import Prepared, Survey, all_rows, nearest_rows, num_columns, scales_within, survey
 
-#: makes one row of n: (n, k) → (k,), float64, for the columns of any stretch; may change what it is given
+#: makes one row of n, (n, k) → (k,), float64, for the columns of any stretch; it may work in the rows' memory
 Combine = Callable[[Tensor], Tensor]
 
 
@@ -136,10 +136,10 @@ class RobustStrategy(SideBySideStrategy):
         columns = self.columns(num_columns(table), updates[0].round)
         seen = survey(table, slots, pairwise=self.pairwise or mixes, columns=columns)
         prepared = self._prepared(seen.products, len(updates))
-        samples = tuple(prepared.rows(sample) for sample in seen.samples)
+        samples = tuple(prepared.rows_(sample) for sample in seen.samples)
         combine = self.plan(Survey(prepared.products(seen.products), samples), updates)
         for stretch, rows in all_rows(table, slots):
-            found = combine(prepared.rows(rows))
+            found = combine(prepared.rows_(rows))
             for slot in slots:
                 table.hold(slot, stretch, found)
             theta = table.held(THETA, stretch)
