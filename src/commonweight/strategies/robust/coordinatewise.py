@@ -53,7 +53,10 @@ class Median(RobustStrategy):
 
 
 class TrimmedMean(RobustStrategy):
-    """θ ← θ + η·(mean of Δᵢ without the f smallest and the f largest values of each coordinate). Sites count alike."""
+    """θ ← θ + η·(mean of Δᵢ without the f smallest and the f largest values of each coordinate). Sites count alike.
+
+    With `mixing: nearest` in front it is the robust rule that is recommended.
+    """
 
     name = "trimmed-mean"
     rule = "θ ← θ + η·mean of Δᵢ without the f smallest and f largest, coordinate by coordinate"
