@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .errors import StateError
 from .evaluate.report import write_report
 from .federation.asynchronous import AsynchronousRun, check_asynchronous, with_equal_budget
 from .federation.clock import VirtualClock
+from .federation.clusters import check_clusters, clusters_of, largest
 from .federation.cohort import check_cohort
 from .federation.controls import run_controls
 from .federation.evaluation import Evaluation
@@ -86,6 +88,7 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
         strategy = _strategy(recipe, len(sites.names))
         strategy.check(recipe.federation.cohort.size(len(sites.names)))
         check_asynchronous(recipe, len(sites.names))
+        check_clusters(recipe, strategy)
         clock = _clock(recipe, sites)
         digests = _digests(recipe, bench)
         journal.bind(digests)
@@ -150,12 +153,12 @@ def _train(
             ).run()
         else:
             FederatedRun(recipe, lambda _: sites, strategy, model, engine, journal, shelf, events, evaluation).run()
-        theta = model.state.theta
-        bench.save(theta, folder.path / "adapter", tokenizer=True)
+        clusters = clusters_of(journal)
+        model.save_models(folder.path / "adapter", folder.path, clusters, partial(bench.save, tokenizer=True))
         if strategy.moves_base:
             with storage_errors(folder.path):
                 save_residual(model.residuals, recipe.federation.rounds, folder.path / "adapter")
-        digest = theta.digest()
+        digest = model.model_of(largest(clusters)).digest()
         events.emit("adapter_saved", folder="adapter", digest=digest)
         if {"local", "centralised"} & set(recipe.evaluation.controls):
             run_controls(with_equal_budget(recipe, strategy, len(sites.names)), sites, engine, journal, events)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
 from .data.chat import open_turn
+from .data.names import listed
 from .data.sites import load_sites
 from .data.templates import Example, open_example, question_example
 from .data.tokens import encode, prompt_ids
@@ -18,6 +21,7 @@ from .engines.bench import asked_by_strategy, check_context
 from .errors import ModelError, RecipeError, StateError
 from .evaluate.metrics import summarise
 from .evaluate.scoring import answer, score_site
+from .federation.clusters import FILE as CLUSTERS
 from .federation.events import last_event
 from .federation.folder import storage_errors
 from .federation.residuals import Residuals, save_combined
@@ -40,25 +44,32 @@ class Result:
     layout: str | None
 
 
-def open_result(run: Path, overrides: Sequence[str], *, round: int | None, base: bool) -> Result:
+def open_result(
+    run: Path, overrides: Sequence[str], *, round: int | None, base: bool, site: str | None = None
+) -> Result:
     """Open a run's result: its adapter, that of a round, or the base alone. With an adapter comes what the rounds until
     then have added to the base.
 
+    Args:
+        site: whose model, where sites have different ones: its cluster's.
+
     Raises:
-        StateError: the folder holds no run, or not that round's adapter, or lacks what a round has added to the base.
+        StateError: the folder holds no run, or not that round's adapter, or nothing of that site, or lacks what a round
+            has added to the base.
+        RecipeError: all sites have one model.
         ModelError: the base model cannot be loaded, or the adapter does not fit it.
     """
     recipe = _recipe(run, overrides)
     loaded = load_base(recipe.model, choose_device(recipe.engine.device))
-    model = loaded.model if base else _opened(loaded, recipe, run, round)
+    model = loaded.model if base else _opened(loaded, recipe, run, round, site)
     model.eval()
     language_model = LanguageModel(model, autocast_dtype=autocast_dtype(recipe.training, loaded.device))
     return Result(recipe, loaded, model, language_model, last_event(run / "events.jsonl", "loaded").get("layout"))
 
 
-def _opened(base: Base, recipe: Recipe, run: Path, round: int | None) -> Any:
+def _opened(base: Base, recipe: Recipe, run: Path, round: int | None, site: str | None) -> Any:
     """A result's adapter on the base that it belongs to, which is moved for it."""
-    folder, residuals = _adapter_folder(run, round), _residuals(run, recipe, round)
+    folder, residuals = _adapter_folder(run, round, site), _residuals(run, recipe, round)
     model = _with_adapter(base, recipe, folder)
     if residuals is not None:
         moved = MovedBase(model)
@@ -89,16 +100,45 @@ def _recipe(run: Path, overrides: Sequence[str]) -> Recipe:
     return load_recipe(run / "recipe.yaml", overrides)
 
 
-def _adapter_folder(run: Path, round: int | None) -> Path:
+def _adapter_folder(run: Path, round: int | None, site: str | None = None) -> Path:
     folder = run / "adapter" if round is None else run / "rounds" / f"{round:04d}"
     if folder.is_dir():
-        return folder
+        return folder if site is None else _folder_of_site(run, round, site)
     if round is None:
         raise StateError(
             f"the run in {run} has no adapter yet", hint="let it end, or name a round that is done by --round"
         )
     kept = ", ".join(str(int(f.name)) for f in sorted((run / "rounds").glob("*")) if f.name.isdigit())
     raise StateError(f"the run in {run} has no adapter of round {round}", hint=f"rounds kept: {kept or 'none'}")
+
+
+def _folder_of_site(run: Path, round: int | None, site: str) -> Path:
+    clusters = _clusters(run, round)
+    if not clusters:
+        which = f"the run in {run}" if round is None else f"round {round} of the run in {run}"
+        raise RecipeError(f"{which} has one model for all sites, none for {site!r} alone", hint="leave --site out")
+    if site not in clusters["sites"]:
+        raise StateError(
+            f"the run in {run} knows no cluster of a site {site!r}",
+            hint=f"its sites: {listed(clusters['sites'])}; without --site the largest cluster's model is used",
+        )
+    return _root(run, round) / "clusters" / str(clusters["sites"][site])
+
+
+def _root(run: Path, round: int | None) -> Path:
+    return run if round is None else run / "rounds" / f"{round:04d}"
+
+
+def _clusters(run: Path, round: int | None) -> dict[str, Any]:
+    """`clusters.json` of a run or a round (`federation/clusters.py`); empty where there is one model."""
+    path = _root(run, round) / CLUSTERS
+    if not path.exists():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StateError(f"{path} is damaged: {error}", hint="restore the folder from a copy") from error
+    return found
 
 
 def _with_adapter(base: Base, recipe: Recipe, folder: Path) -> Any:
@@ -131,15 +171,43 @@ def _check_names(model: Any, folder: Path) -> None:
         raise ValueError(f"{min(strange)} is in only one of them")
 
 
-def score(result: Result, *, exact_match: bool) -> dict[str, dict[str, Any]]:
-    """Summaries by site (`evaluate.metrics.summarise`) on the held-out rows that the recipe's data section gives."""
+def score_run(
+    run: Path, overrides: Sequence[str], *, round: int | None, base: bool, site: str | None, exact_match: bool
+) -> dict[str, dict[str, Any]]:
+    """Summaries by site as `score` gives them, each site scored with its own model if there are several: its
+    cluster's, or, if it has none, the largest cluster's. With `site` all are scored with that site's."""
+    clusters = {} if base or site is not None else _clusters(run, round)
+    if not clusters:
+        return score(open_result(run, overrides, round=round, base=base, site=site), exact_match=exact_match)
+    of: Mapping[str, int] = clusters["sites"]
+    found: dict[str, dict[str, Any]] = {}
+    for cluster in sorted(set(of.values())):
+        member = next(name for name, own in of.items() if own == cluster)
+        result = open_result(run, overrides, round=round, base=False, site=member)
+        own = partial(_is_of, of, cluster, clusters["adapter"])
+        found |= score(result, exact_match=exact_match, wanted=own)
+    return dict(sorted(found.items(), key=lambda item: list(of).index(item[0]) if item[0] in of else len(of)))
+
+
+def _is_of(of: Mapping[str, int], cluster: int, default: int, name: str) -> bool:
+    return of.get(name, default) == cluster
+
+
+def score(
+    result: Result, *, exact_match: bool, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, dict[str, Any]]:
+    """Summaries by site (`evaluate.metrics.summarise`) on the held-out rows that the recipe's data section gives.
+
+    Args:
+        wanted: which sites.
+    """
     recipe = result.recipe
     check_context(recipe, result.base)
     sites, _ = load_sites(
         recipe.data, seed=recipe.seed, tokenizer=result.base.tokenizer, max_tokens=recipe.training.max_tokens
     )
     found = {}
-    for site in sites:
+    for site in filter(lambda site: wanted(site.name), sites):
         scores = score_site(
             result.language_model,
             site.heldout,
@@ -182,7 +250,13 @@ class Conversation:
 
 
 def export_result(
-    run: Path, output: Path, overrides: Sequence[str] = (), *, merge: bool, round: int | None
+    run: Path,
+    output: Path,
+    overrides: Sequence[str] = (),
+    *,
+    merge: bool,
+    round: int | None,
+    site: str | None = None,
 ) -> dict[str, Any]:
     """Copy the adapter to `output`, or write the merged model. Where rounds have added to the base, one adapter with
     both effects is written.
@@ -192,15 +266,16 @@ def export_result(
         RecipeError: this kind of adapter cannot be merged.
     """
     recipe = _recipe(run, overrides)
-    source = _adapter_folder(run, round)
+    source = _adapter_folder(run, round, site)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise StateError(f"{output} is not an empty folder", hint="choose another")
     kind = recipe.model.adapter.kind
     with storage_errors(output):
         if merge and kind != "full":
-            _merge(recipe, run, round, output)
+            _merge(recipe, run, round, site, output)
         else:
-            shutil.copytree(source, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns("residual"))
+            ignored = shutil.ignore_patterns("residual", "clusters", CLUSTERS)
+            shutil.copytree(source, output, dirs_exist_ok=True, ignore=ignored)
             residuals = _residuals(run, recipe, round)
             if residuals is not None:
                 save_combined(*residuals, source, output)
@@ -209,7 +284,7 @@ def export_result(
     return {"folder": str(output), "kind": what, "bytes": size}
 
 
-def _merge(recipe: Recipe, run: Path, round: int | None, output: Path) -> None:
+def _merge(recipe: Recipe, run: Path, round: int | None, site: str | None, output: Path) -> None:
     if recipe.model.adapter.kind in ("prompt", "prefix", "p-tuning"):
         raise RecipeError(
             f"a {recipe.model.adapter.kind} adapter is learned tokens: there are no weights to merge it into",
@@ -221,6 +296,6 @@ def _merge(recipe: Recipe, run: Path, round: int | None, output: Path) -> None:
             hint="set model.quantization to none in a copy of the run's recipe.yaml, or export without --merge",
         )
     base = load_base(recipe.model, choose_device("cpu"))
-    merged = _opened(base, recipe, run, round).merge_and_unload()
+    merged = _opened(base, recipe, run, round, site).merge_and_unload()
     merged.save_pretrained(str(output), safe_serialization=True)
     base.tokenizer.save_pretrained(str(output))

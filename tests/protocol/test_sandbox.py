@@ -32,8 +32,8 @@ EVALUATION = {"controls": ["base"], "samples": 1, "max_new_tokens": 4}
 
 def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """FedAvg; SCAFFOLD, with private state at the sites; a cohort that is a part of the sites; LoRA's halves frozen for
-    good (the frozen one is never sent) or in turn; strategies that need each update by itself; and sites that send a
-    part of the adapter."""
+    good (the frozen one is never sent) or in turn; strategies that need each update by itself; clusters, which sites
+    choose or are put into; and sites that send a part of the adapter."""
     variants: dict[str, dict[str, Any]] = {
         "fedavg": {},
         "scaffold": {"strategy": "scaffold"},
@@ -42,6 +42,8 @@ def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp
         "rolora": {"strategy": "rolora"},
         "centered-clipping": {"strategy": {"name": "centered-clipping", "f": 1, "mixing": "nearest"}},
         "flexlora": {"strategy": "flexlora"},
+        "ifca": {"strategy": {"name": "ifca", "warm_up": 1, "rows": 8}},
+        "similarity": {"cohort": 2, "strategy": {"name": "similarity", "warm_up": 1}},
     }
     recipes = {name: make_recipe(name=name, federation=f, evaluation=EVALUATION) for name, f in variants.items()}
     adapter = {"r": 4, "sites": {"south": {"r": 3, "alpha": 5, "layers": [1]}}, "budget": {"west": 0.5}}
@@ -56,12 +58,12 @@ def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp
             found = federation.carry_out(one, tmp_path / name, lambda event, _, heard=heard: heard.append(event))
             expected = run(one, tmp_path / f"{name}-here")
             assert found["adapter"]["digest"] == expected["adapter"]["digest"], name
-            for key in ("arms", "samples", "gains"):
-                assert without_seconds(found[key]) == without_seconds(expected[key]), (name, key)
+            for key in ("arms", "samples", "gains", "clusters"):
+                assert without_seconds(found.get(key)) == without_seconds(expected.get(key)), (name, key)
             assert heard.count("round_committed") == 2
             assert [r["bytes_up"] for r in found["rounds"]] == [r["bytes_up"] for r in expected["rounds"]], name
-            folders = (tmp_path / name / "adapter", tmp_path / f"{name}-here" / "adapter")
-            fetched, here = ((folder / "adapter_model.safetensors").read_bytes() for folder in folders)
+            fetched, here = (adapters(tmp_path / folder) for folder in (name, f"{name}-here"))
+            assert len(here) == (1 + len(expected["clusters"]["found"]) if "clusters" in expected else 1)
             assert fetched == here, name
         no_rounds(federation, make_recipe(name="fedbuff", federation=FEDBUFF, evaluation=EVALUATION), tmp_path)
         policy = load_policy(tmp_path / "federation" / "sites" / "north")
@@ -92,6 +94,12 @@ def no_rounds(federation: Sandbox, recipe: Recipe, folder: Path) -> None:
     assert sum(found["arrivals"]["shares"].values()) == pytest.approx(1.0)
     assert found["arms"]["federated"]["macro_loss"] < found["arms"]["base"]["macro_loss"]
     assert "versions behind on average" in (folder / "fedbuff" / "report.html").read_text(encoding="utf-8")
+
+
+def adapters(run: Path) -> dict[str, bytes]:
+    """A result's adapters, by their places."""
+    files = [*run.glob("adapter/*.safetensors"), *run.glob("clusters/*/*.safetensors")]
+    return {str(file.relative_to(run)): file.read_bytes() for file in files}
 
 
 def a_person_approves(federation: Sandbox, recipe: Recipe, model: str, folder: Path) -> None:

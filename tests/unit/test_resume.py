@@ -179,11 +179,35 @@ MOVED_BASE = Story(
     keep_updates_over_s=0.0,
     kept=True,
 )
+CLUSTERS = Story(
+    {
+        "federation": {"rounds": 4, "strategy": {"name": "ifca", "warm_up": 2, "rows": 4}, "cohort": 2},
+        "training": {"steps": 1},
+        "evaluation": {"samples": 1, "max_new_tokens": 2},
+    },
+    deaths(
+        ("journal.commit", "after", 2),  # round 1 is committed: one model still
+        ("journal.keep_update", "after"),  # an update of the round in which clusters are told is kept
+        ("fold.add", "before"),  # all are there, and put into clusters
+        ("save_adapter", "after", 2),  # one cluster's adapter is written, another's not
+        ("journal.commit", "before"),
+        ("journal.commit", "after"),  # who is in which cluster stands in the journal alone
+        ("journal.keep_update", "after"),  # with the cluster that its site chose
+        ("write_state", "before"),
+        ("journal.commit", "after", 2),
+        ("journal.put", "after"),  # the result's scores, and whose model each site has
+        ("save_adapter", "after", 2),
+        ("write_json", "before"),
+    ),
+    keep_updates_over_s=0.0,
+    kept=True,
+)
 STORIES = {
     "every arm": EVERY_ARM,
     "site state": SITE_STATE,
     "moments": MOMENTS,
     "numbers": NUMBERS,
+    "clusters": CLUSTERS,
     "parts": PARTS,
     "moved base": MOVED_BASE,
 }
@@ -199,7 +223,7 @@ def without_times(value: Any) -> Any:
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
-TENSORS = ("state", "residuals", "sites", "updates", "rounds", "adapter")
+TENSORS = ("state", "residuals", "sites", "updates", "rounds", "adapter", "clusters")
 
 
 def tensors_in(folder: Path) -> dict[str, str]:

@@ -15,6 +15,10 @@ from .terminal import JsonOption, RunArgument, SetOption, begin, interval, numbe
 RoundOption = Annotated[
     int | None, typer.Option("--round", help="Use the global adapter after this round.", min=1, metavar="N")
 ]
+SiteOption = Annotated[
+    str | None,
+    typer.Option("--site", help="Use this site's model: its cluster's, where a run has clusters.", metavar="NAME"),
+]
 BaseOption = Annotated[bool, typer.Option("--base", help="Use the base model, without the adapter.")]
 
 
@@ -22,6 +26,7 @@ def evaluate(
     run: RunArgument,
     set_: SetOption = None,
     round: RoundOption = None,
+    site: SiteOption = None,
     base: BaseOption = False,
     exact_match: Annotated[
         bool, typer.Option("--exact-match", help="Also generate answers and count exact matches.")
@@ -30,17 +35,17 @@ def evaluate(
 ) -> None:
     """Score a run's model on its sites' held-out rows, or on other data.
 
-    The rows are those that the run's recipe gives; `--set data.path=other.jsonl` reads others by the same rules.
+    The rows are those that the run's recipe gives; `--set data.path=other.jsonl` reads others by the same rules. Where
+    the run has clusters, each site is scored with its own cluster's model; with --site all are scored with that one's.
     """
     begin(json)
-    _check_choice(round, base)
-    from ..result import open_result, score
+    _check_choice(round, base, site)
+    from ..result import score_run
 
-    result = open_result(run, set_ or (), round=round, base=base)
-    sites = score(result, exact_match=exact_match)
+    sites = score_run(run, set_ or (), round=round, base=base, site=site, exact_match=exact_match)
     macro = sum(site["loss"] for site in sites.values()) / len(sites)
     if json:
-        print_json({"run": str(run), "round": round, "base": base, "macro_loss": macro, "sites": sites})
+        print_json({"run": str(run), "round": round, "site": site, "base": base, "macro_loss": macro, "sites": sites})
         return
     extra = [key for key in ("exact_match", "choice_accuracy") if all(key in site for site in sites.values())]
     columns = ("site", "rows", "loss", "95 % interval", "perplexity", "tokens right")
@@ -61,9 +66,11 @@ def _scores(name: str, site: dict[str, Any], extra: list[str]) -> tuple[str, ...
     )
 
 
-def _check_choice(round: int | None, base: bool) -> None:
+def _check_choice(round: int | None, base: bool, site: str | None) -> None:
     if base and round is not None:
         raise RecipeError("--base and --round exclude each other", hint="the base model is the same in every round")
+    if base and site is not None:
+        raise RecipeError("--base and --site exclude each other", hint="the base model is the same for every site")
 
 
 def chat(
@@ -71,6 +78,7 @@ def chat(
     set_: SetOption = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and end.", metavar="TEXT")] = None,
     round: RoundOption = None,
+    site: SiteOption = None,
     base: BaseOption = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="Give the text to the model as it is, without the recipe's prompt.")
@@ -85,11 +93,12 @@ def chat(
     On a terminal, question by question; else the question is what standard input holds, or --prompt.
     """
     begin(json)
-    _check_choice(round, base)
+    _check_choice(round, base, site)
     prompt = _question(prompt, json)
     from ..result import Conversation, open_result
 
-    talk = Conversation(open_result(run, set_ or (), round=round, base=base), raw=raw, max_new_tokens=max_new_tokens)
+    result = open_result(run, set_ or (), round=round, base=base, site=site)
+    talk = Conversation(result, raw=raw, max_new_tokens=max_new_tokens)
     if prompt is not None:
         answer = talk.ask(prompt)
         print_json({"prompt": prompt, "answer": answer}) if json else say(answer)
@@ -124,6 +133,7 @@ def export(
         bool, typer.Option("--merge", help="Fold the adapter into the base and write full weights.")
     ] = False,
     round: RoundOption = None,
+    site: SiteOption = None,
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -133,7 +143,7 @@ def export(
     from ..result import export_result
 
     with whole_or_nothing(output):
-        facts: dict[str, Any] = export_result(run, output, set_ or (), merge=merge, round=round)
+        facts: dict[str, Any] = export_result(run, output, set_ or (), merge=merge, round=round, site=site)
     if json:
         print_json(facts)
     else:

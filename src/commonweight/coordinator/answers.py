@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import CommonweightError, SiteError
 from ..evaluate.metrics import Scores
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, Task
+from ..train.start import candidates
 from ..wire.messages import parse_json
 from ..wire.refusals import Refused
 
@@ -59,13 +60,23 @@ def checked_result(task: Task, raw: bytes | None) -> dict[str, Any]:
     """
     result = _parsed(raw)
     match task:
-        case EvaluateTask(sites=sites):
-            return {site: _scores(result.get(site)) for site in sites}
+        case EvaluateTask(sites=sites, starts=starts):
+            return {site: _scored(result.get(site), starts.get(site)) for site in sites}
         case SampleTask(prompts=prompts):
             return {"answers": _answers(result.get("answers"), [site for site, _ in prompts])}
         case ChainTask():
             return _chain(task, result)
     return result
+
+
+def _scored(value: Any, start: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Scores, with the cluster whose model was scored, if the site was to say it."""
+    if start is None or not isinstance(value, dict):
+        return _scores(value)
+    cluster = value.get("cluster")
+    if not isinstance(cluster, int) or isinstance(cluster, bool) or cluster not in candidates(start):
+        raise SiteError(f"it says that it was scored with the model of cluster {str(cluster)[:40]}")
+    return {**_scores({key: item for key, item in value.items() if key != "cluster"}), "cluster": cluster}
 
 
 def _scores(value: Any) -> dict[str, Any]:

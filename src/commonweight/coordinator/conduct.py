@@ -14,6 +14,7 @@ from .. import __version__
 from ..errors import CommonweightError, QuorumError, StorageError, UnreachableError
 from ..evaluate.report import write_report
 from ..federation.asynchronous import with_equal_budget
+from ..federation.clusters import check_clusters, clusters_of, largest
 from ..federation.controls import run_controls
 from ..federation.evaluation import Evaluation
 from ..federation.events import Events, phase_seconds
@@ -205,6 +206,7 @@ class Conductor:
         strategy = cast(Combining, plan.strategy(len(first.names)))
         strategy.shapes = plan.shapes
         strategy.check(recipe.federation.cohort.size(len(first.names)))
+        check_clusters(recipe, strategy)
         private = PrivateRounds.of(recipe, journal, len(first.names), self._seal())
         model = StoredModel(strategy, here.files(self.run_id), plan.initial.digest, private)
         trainable = sum(plan.layout.numels.values())
@@ -227,7 +229,7 @@ class Conductor:
             federated = FederatedRun(recipe, roster.sites, strategy, model, engine, journal, shelf, events, evaluation)
             self._rounds(federated, events, recipe.federation.retries, recipe.federation.patience_s)
             sites = federated.sites
-        events.emit("adapter_saved", folder="", digest=model.digest())
+        events.emit("adapter_saved", folder="", digest=model.digest(largest(clusters_of(journal))))
         if "local" in recipe.evaluation.controls:
             engine.announce(model.initial)
             budget = with_equal_budget(recipe, strategy, len(sites.names))
@@ -287,7 +289,7 @@ class Conductor:
                     "tokenizer_digest": matched.get("tokenizer", ""),
                 },
                 "machine": {"workers": len(sites.names), "device": "network"},
-                "adapter": {"digest": model.digest()},
+                "adapter": {"digest": model.digest(largest(clusters_of(journal)))},
                 **({"parts": plan.parts} if plan.shapes else {}),
             }
         )

@@ -147,6 +147,7 @@ class NetworkEngine:
             num_examples=manifest.num_examples,
             num_label_tokens=manifest.num_label_tokens,
             num_steps=manifest.num_steps,
+            cluster=manifest.cluster,
             metrics=manifest.metrics,
             frame=manifest.frame,
             path=self.blobs.open_local(upload.blob),

@@ -23,9 +23,11 @@ from ..federation.round import Answered
 from ..identity.certificates import Holder
 from ..identity.keys import UPDATE, verify
 from ..strategies.update import check_weight
+from ..train.start import FROM_THETA, check_cluster
 from ..wire.decode import decode
 from ..wire.frames import Frame, chunk_digest, header_digest
 from ..wire.manifest import TASK, ParsedManifest, check_chunk, check_frame, check_text, first_bad, parse_manifest
+from ..wire.messages import parse_json
 from ..wire.protocol_pb2 import Manifest, SignedManifest, UploadStatus
 from ..wire.refusals import Refusal, Refused
 from .blobs import Blobs
@@ -183,6 +185,11 @@ class Receiver:
             check_weight(weight_of(manifest, plan), manifest.site, manifest.round)
         except UpdateRefused as error:
             raise Refused(Refusal.BAD_WEIGHT, error.message) from error
+        try:
+            start = parse_json(task.body).get("start", FROM_THETA)
+            check_cluster(manifest.cluster, start, manifest.site, manifest.round)
+        except UpdateRefused as error:
+            raise Refused(Refusal.WRONG_BASE, error.message) from error
 
     def _check_time(self, manifest: ParsedManifest, task: TaskRow) -> None:
         """Whether the answer still comes in time; what has been answered already, `store.open_upload` knows."""

@@ -17,6 +17,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -24,9 +25,11 @@ from torch import Tensor
 
 from ..federation.messages import Engine
 from ..federation.private_rounds import PrivateRounds
+from ..model.clusters import channel_of
 from ..model.tensors import Entry, Layout, NamedTensors, bytes_of
 from ..strategies.asynchronous import AsynchronousStrategy
 from ..strategies.base import ServerState, SumStrategy
+from ..strategies.clusters.sketch import sketches_of
 from ..strategies.side_by_side import SideBySideStrategy, one_thread
 from ..strategies.update import Update
 from ..wire.frames import Channel, Piece, Plan
@@ -69,6 +72,7 @@ class StoredModel:
         self.base_plan = Plan(plan.layout, tuple(sent), plan.chunk_bytes)
         self.slot_plan = Plan(plan.layout, tuple(kept), plan.chunk_bytes) if kept else None
         self.base, self.slots = initial, ""
+        self.clusters: dict[str, int] = {}
         self._updates: list[StoredUpdate] = []
 
     @property
@@ -128,6 +132,8 @@ class StoredModel:
         if self.private is not None:
             assert isinstance(self.strategy, SumStrategy)
             self.strategy.private = self.private.mean(round)
+        if round == self.strategy.grouping_round:
+            self._group()
         base = self.files.open(self.base)
         slots = self.files.open(self.slots) if self.slots else None
         with FrameWriter(self.files, self.base_plan) as new_base:
@@ -138,12 +144,20 @@ class StoredModel:
                     self._combine(base, slots, new_base, new_slots)
                     self.slots = new_slots.finish().digest
             self.base = new_base.finish().digest
+        if 0 < self.strategy.grouping_round <= round:
+            self.clusters.update({update.site: update.cluster for update in self._updates})
         self._updates = []
         return self.record()
 
     def committed(self, round: int) -> None:
         if self.private is not None:
             self.private.committed(round)
+
+    def _group(self) -> None:
+        """Put a round's updates into clusters by their sketches: one more pass over them, before they are combined."""
+        with InFiles(self._layout, self._updates, {}) as table:
+            clusters = self.strategy.grouped(sketches_of(table))
+        self._updates = [replace(update, cluster=clusters[update.site]) for update in self._updates]
 
     def _combine(
         self, base: StoredFrame, slots: StoredFrame | None, new_base: FrameWriter, new_slots: FrameWriter | None
@@ -206,12 +220,12 @@ class StoredModel:
                 parts.append(Entry(entry.name, piece.dtype, (stop - begin,), begin - piece.start, stop - begin))
         return Layout(tuple(parts))
 
-    def digest(self) -> str:
-        """`NamedTensors.digest` of θ, read chunk by chunk."""
+    def digest(self, cluster: int = 0) -> str:
+        """`NamedTensors.digest` of a cluster's model in the layout's own dtypes, read chunk by chunk."""
         base, sha = self.files.open(self.base), hashlib.sha256(self._layout.digest.encode())
         for piece in self.base_plan.pieces:
-            if piece.channel == "theta":
-                sha.update(base.chunk(piece.index))
+            if piece.channel == channel_of(cluster):
+                sha.update(bytes_of(base.tensor(piece).to(piece.dtype)))
         return sha.hexdigest()
 
 
@@ -264,6 +278,7 @@ def _stretch(update: StoredUpdate, sealed: SealedFile, piece: Piece, layout: Lay
         num_examples=update.num_examples,
         num_label_tokens=update.num_label_tokens,
         num_steps=update.num_steps,
+        cluster=update.cluster,
     )
 
 

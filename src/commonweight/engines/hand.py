@@ -73,10 +73,10 @@ class Hand:
         return done.figures
 
     def evaluate(self, task: EvaluateTask) -> dict[str, Any]:
-        return self.work.evaluate(task, self.broadcast["theta"])
+        return self.work.evaluate(task, self.broadcast)
 
     def sample(self, task: SampleTask) -> dict[str, Any]:
-        return self.work.sample(task, self.broadcast["theta"])
+        return self.work.sample(task, self.broadcast)
 
     def chain(self, task: ChainTask) -> dict[str, Any]:
         return self.work.chain(task)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import SiteError
-from ..evaluate.scoring import answer, score_site
+from ..evaluate.scoring import answer, score_site, score_tokens
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, TrainTask
+from ..model.clusters import channel_of
 from ..model.shapes import worn
 from ..model.tensors import NamedTensors
 from ..privacy.site_level import clip_
@@ -22,6 +23,7 @@ from ..seeding import derive_seed
 from ..train.checkpoint import Checkpoint
 from ..train.corrections import correction
 from ..train.local import LocalWork, never, untold
+from ..train.start import FROM_THETA, candidates, least, rows_to_ask
 from .bench import Bench
 from .chain import Chain
 
@@ -35,7 +37,7 @@ class Trained:
     Args:
         further: the update's other channels.
         state: the site's new private state.
-        figures: `num_examples`, `num_label_tokens`, `num_steps` and `metrics`, in plain numbers.
+        figures: `num_examples`, `num_label_tokens`, `num_steps`, `cluster` and `metrics`, in plain numbers.
     """
 
     further: Mapping[str, NamedTensors]
@@ -72,15 +74,17 @@ class TaskWork:
 
         Args:
             broadcast: `theta` and the strategy's further channels, of the bench's layout; not written to.
-            delta: where θᵢ − θ goes. From a site that holds less than the whole adapter, θ is what it was handed, and
-            the rest of `delta` is zero.
+            delta: where θᵢ − θ goes; θ is the model that the task says to start from. From a site that holds less than
+            the whole adapter, θ is what it was handed, and the rest of `delta` is zero.
             state: the site's private state; empty if it has none yet.
 
         Raises:
             SiteError: a loss that is not finite, or an objective that went beyond the site's part; Cancelled.
         """
         began, site, shape = time.perf_counter(), self.bench.sites[task.site], self.bench.shapes.get(task.site)
-        theta = broadcast["theta"] if shape is None else shape.start(broadcast["theta"])
+        cluster = self._choose(task.site, task.start, broadcast)
+        whole = broadcast[channel_of(cluster)]
+        theta = whole if shape is None else shape.start(whole)
         change = correction(task.correction, theta, broadcast, state, round=task.round)
         self.values.copy_(theta)
         with worn(self.bench.model, shape):
@@ -121,6 +125,7 @@ class TaskWork:
             "num_examples": int(result.num_examples),
             "num_label_tokens": int(result.num_label_tokens),
             "num_steps": int(result.num_steps),
+            "cluster": cluster,
             "metrics": metrics,
         }
         return Trained(further, new_state, figures)
@@ -130,15 +135,43 @@ class TaskWork:
         for dtype, flat in self.values.flats.items():
             _difference(flat, theta.flats[dtype], delta.flats[dtype])
 
+    def _choose(self, site: str, start: Mapping[str, Any], broadcast: Mapping[str, NamedTensors]) -> int:
+        """The cluster whose model a site is to start from. Finding it out, where that must be, spoils the values."""
+        clusters = candidates(start)
+        if len(clusters) == 1:
+            return clusters[0]
+        rows, losses = rows_to_ask(start, self.bench.sites[site].train), []
+        for cluster in clusters:
+            self.values.copy_(broadcast[channel_of(cluster)])
+            nats, labels, _ = score_tokens(self.bench.participant.language_model, rows)
+            losses.append(float(nats.sum() / max(1, labels.sum())))
+        return least(losses)
+
     def seed(self, who: str, round: int) -> int:
         return derive_seed(self.bench.recipe.seed, "work", who, round)
 
-    def evaluate(self, task: EvaluateTask, theta: NamedTensors) -> dict[str, Any]:
-        self.values.copy_(theta)
+    def evaluate(self, task: EvaluateTask, broadcast: Mapping[str, NamedTensors]) -> dict[str, Any]:
         if task.arm == "base":
+            self.values.copy_(broadcast["theta"])
             with self.bench.base_alone():
                 return self.score(task.sites, generate=task.generate)
-        return self.score(task.sites, generate=task.generate)
+        found: dict[str, Any] = {}
+        cluster = -1
+        for site in task.sites:
+            cluster = self._load(site, task.starts.get(site, FROM_THETA), broadcast, loaded=cluster)
+            found |= self.score((site,), generate=task.generate)
+            if site in task.starts:
+                found[site]["cluster"] = cluster
+        return found
+
+    def _load(
+        self, site: str, start: Mapping[str, Any], broadcast: Mapping[str, NamedTensors], *, loaded: int = -1
+    ) -> int:
+        """Put a site's global model into the trainables, unless it is what they hold; returns its cluster."""
+        cluster = self._choose(site, start, broadcast)
+        if cluster != loaded or len(candidates(start)) > 1:
+            self.values.copy_(broadcast[channel_of(cluster)])
+        return cluster
 
     def score(self, sites: tuple[str, ...], *, generate: bool) -> dict[str, Any]:
         recipe, found = self.bench.recipe, {}
@@ -154,12 +187,16 @@ class TaskWork:
             ).to_json()
         return found
 
-    def sample(self, task: SampleTask, theta: NamedTensors) -> dict[str, Any]:
-        self.values.copy_(theta)
+    def sample(self, task: SampleTask, broadcast: Mapping[str, NamedTensors]) -> dict[str, Any]:
         if task.arm == "base":
+            self.values.copy_(broadcast["theta"])
             with self.bench.base_alone():
                 return {"answers": [self._answer(*prompt) for prompt in task.prompts]}
-        return {"answers": [self._answer(*prompt) for prompt in task.prompts]}
+        answers = []
+        for site, row in task.prompts:
+            self._load(site, task.starts.get(site, FROM_THETA), broadcast)
+            answers.append(self._answer(site, row))
+        return {"answers": answers}
 
     def _answer(self, name: str, row: int) -> dict[str, str]:
         site = self.bench.sites[name]

@@ -178,7 +178,7 @@ def plain_summary(metrics: Metrics) -> list[str]:
 def summary_paragraphs(metrics: Metrics) -> list[list[str]]:
     """The sentences of `plain_summary` in three paragraphs: the outcome, the comparison, what left and how safely."""
     parts: tuple[tuple[Callable[[Metrics], str], ...], ...] = (
-        (_who, _losses, _perplexity),
+        (_who, _clusters, _losses, _perplexity),
         (_verdicts, _pooling),
         (_what_left, _missing_answers, _arrivals, _privacy, _simulation),
     )
@@ -197,6 +197,19 @@ def _who(metrics: Metrics) -> str:
     if invited and max(invited) < sites:
         text += f", about {count(round(sum(invited) / len(invited)))} of them in each round"
     return f"{text}."
+
+
+def _clusters(metrics: Metrics) -> str:
+    found = dig(metrics, "clusters", "found") or []
+    if not found:
+        return ""
+    sizes = [f"{len(one['sites']):,}" for one in found]
+    if len(found) == 1:
+        return "All sites fell into one cluster, and share its model."
+    return (
+        f"They fell into {count(len(found))} clusters, of {listed(sizes)} sites, each with a model of its own: below, "
+        "“the shared model” is a site’s cluster’s."
+    )
 
 
 def _losses(metrics: Metrics) -> str:

@@ -20,6 +20,7 @@ EXTREMES = 8
 MANY_ROWS = 60
 MAX_ROUND_ROWS = 30
 MAX_SAMPLES = 40
+MAX_NAMES = 24
 MAX_SAMPLE_CHARACTERS = 1500
 
 Metrics = Mapping[str, Any]
@@ -39,6 +40,7 @@ def build_view(metrics: Metrics, recipe_yaml: str) -> View:
         "cards": cards(metrics),
         "controls": controls(metrics),
         "sites": sites(metrics),
+        "clusters": clusters(metrics),
         "curves_svg": charts.loss_curves(metrics),
         "turnout": turnout(metrics),
         "traffic_svg": charts.traffic_columns(_rounds(metrics)),
@@ -218,6 +220,21 @@ def _round_row(one: Mapping[str, Any]) -> View:
         "down": size(one.get("bytes_down")),
         "time": duration(sum(finite(seconds) or 0.0 for seconds in (one.get("seconds") or {}).values())),
     }
+
+
+def clusters(metrics: Metrics) -> list[View]:
+    """One row a cluster of sites; empty where all sites have one model."""
+    return [
+        {
+            "cluster": one["cluster"],
+            "num_sites": whole(len(one["sites"])),
+            "sites": one["sites"][:MAX_NAMES],
+            "more": max(0, len(one["sites"]) - MAX_NAMES),
+            "loss": number(one["macro_loss"], 3),
+            "is_adapter": one["cluster"] == dig(metrics, "clusters", "adapter"),
+        }
+        for one in dig(metrics, "clusters", "found") or []
+    ]
 
 
 def partition(metrics: Metrics) -> View:

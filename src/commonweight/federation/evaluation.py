@@ -1,17 +1,19 @@
 """When models are evaluated on the sites' held-out rows, and where the scores go.
 
 Journal keys: `scores/base`, `scores/federated` (every held-out row's score, by site) and `curve/federated/NNNN` (a
-site's [Σ nats, label tokens] after round NNNN).
+site's [Σ nats, label tokens] after round NNNN). Where sites have different global models, `scores/federated` also has
+`clusters`: whose model each site was scored with.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import RoundError
 from ..recipe.schema import PROMPT_KINDS, Recipe
+from ..train.start import FROM_THETA
 from .events import Events
 from .journal import RunJournal
 from .messages import Completed, Engine, EvaluateTask, Outcome, SampleTask
@@ -35,6 +37,8 @@ class Evaluation:
     ) -> None:
         self.recipe, self.sites, self.engine, self.journal, self.events = recipe, sites, engine, journal, events
         self.apart = apart
+        #: by site and whether it is the result that is evaluated: which of several global models is the site's
+        self.start: Callable[[str, bool], Mapping[str, Any]] = lambda site, final: FROM_THETA
         self._pending: dict[str, Any] = {}
         self._awaited = 0
 
@@ -77,9 +81,11 @@ class Evaluation:
         last = self.recipe.federation.rounds
         if self.journal.get("scores/federated") is None:
             began = time.perf_counter()
-            scores = self._scores("global", generate=self.recipe.evaluation.exact_match)
+            scores = self._scores("global", generate=self.recipe.evaluation.exact_match, final=True)
+            clusters = {site: found.pop("cluster") for site, found in scores.items() if "cluster" in found}
             self._keep_curve(last, scores)
-            self.journal.put("scores/federated", {"sites": scores, "seconds": time.perf_counter() - began})
+            record = {"sites": scores, "seconds": time.perf_counter() - began}
+            self.journal.put("scores/federated", {**record, "clusters": clusters} if clusters else record)
         self.sample("federated")
 
     def sample(self, arm: str) -> None:
@@ -88,15 +94,18 @@ class Evaluation:
         if not prompts or self.journal.get(f"samples/{arm}") is not None:
             return
         kind = "base" if arm == "base" else "global"
-        tasks = [SampleTask((prompt,), kind) for prompt in prompts] if self.apart else [SampleTask(prompts, kind)]
+        starts = self._starts([site for site, _ in prompts], kind, final=True)
+        tasks = [SampleTask(prompts, kind, starts)]
+        if self.apart:
+            tasks = [SampleTask(((site, row),), kind, _of(starts, site)) for site, row in prompts]
         answers: list[Any] = []
         for outcome in self.engine.run(tasks):
             answers += self._result(outcome).get("answers", [])
         self.journal.put(f"samples/{arm}", {"answers": answers})
 
-    def _scores(self, arm: str, *, generate: bool) -> dict[str, Any]:
-        outcomes = list(self.engine.run(self._tasks(arm, generate=generate)))
-        scores = {site: result for outcome in outcomes for site, result in self._result(outcome).items()}
+    def _scores(self, arm: str, *, generate: bool, final: bool = False) -> dict[str, Any]:
+        outcomes = list(self.engine.run(self._tasks(arm, generate=generate, final=final)))
+        scores = {site: dict(result) for outcome in outcomes for site, result in self._result(outcome).items()}
         if not scores:
             reasons = {outcome.reason for outcome in outcomes if not isinstance(outcome, Completed)}
             raise RoundError(
@@ -121,11 +130,16 @@ class Evaluation:
             hint="what was committed is kept: once the cause is mended, go on with --resume",
         )
 
-    def _tasks(self, arm: str, *, generate: bool) -> list[EvaluateTask]:
+    def _tasks(self, arm: str, *, generate: bool, final: bool = False) -> list[EvaluateTask]:
         names = self.sites.names
         size = 1 if self.apart else -(-len(names) // _TASKS)
         parts = [names[start : start + size] for start in range(0, len(names), size)]
-        return [EvaluateTask(part, arm, generate) for part in parts]
+        return [EvaluateTask(part, arm, generate, self._starts(part, arm, final=final)) for part in parts]
+
+    def _starts(self, sites: Sequence[str], arm: str, *, final: bool) -> dict[str, Mapping[str, Any]]:
+        """Where a site's model is not simply the global one."""
+        starts = {site: self.start(site, final) for site in sites} if arm == "global" else {}
+        return {site: start for site, start in starts.items() if start != FROM_THETA}
 
     def _keep_curve(self, round: int, scores: Mapping[str, Any]) -> None:
         sums = {site: [sum(s["nll"]), sum(s["tokens"])] for site, s in scores.items()}
@@ -134,6 +148,10 @@ class Evaluation:
 
     def _report(self, arm: str, scores: Mapping[str, Any], **more: Any) -> None:
         self.events.emit("evaluated", arm=arm, macro_loss=macro_loss(list(scores.values())), **more)
+
+
+def _of(starts: Mapping[str, Mapping[str, Any]], site: str) -> dict[str, Mapping[str, Any]]:
+    return {site: starts[site]} if site in starts else {}
 
 
 def macro_loss(scores: Sequence[Mapping[str, Any]]) -> float:

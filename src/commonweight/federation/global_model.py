@@ -7,15 +7,21 @@ and is worked on piece by piece (`coordinator/stored_model.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import RoundError
+from ..model.clusters import channel_of
 from ..model.moved_base import MovedBase
 from ..model.tensors import Layout, NamedTensors, first_non_finite
 from ..recipe.schema import FederationSpec
 from ..strategies.base import Fold, ServerState, Strategy, SumStrategy
+from ..strategies.clusters.sketch import sketches_of
+from ..strategies.individuals import Kept
+from ..strategies.side_by_side import InMemory
 from ..strategies.update import Update, check
+from .clusters import save_models
 from .folder import RunFolder, read_tensors, write_tensors
 from .messages import Engine
 from .private_rounds import PrivateRounds
@@ -24,7 +30,13 @@ from .residuals import Residual, Residuals
 
 
 class GlobalModel(Protocol):
-    """What the loop asks of a global model."""
+    """What the loop asks of a global model.
+
+    Args:
+        clusters: the cluster that each site was last in, where the strategy keeps several models.
+    """
+
+    clusters: dict[str, int]
 
     private: PrivateRounds | None
 
@@ -89,11 +101,14 @@ class MemoryModel:
             raise ValueError(f"{strategy.name} adds to the base, and there is none to add to")
         self.strategy, self.folder, self._theta, self._save_adapter = strategy, folder, theta, save_adapter
         self._base, self.residuals = base, Residuals(folder.path)
+        self.clusters: dict[str, int] = {}
         self.state: ServerState
         self.private = private
         self._relays = () if spec is None else tuple(spec.relays)
         self._relay_of = {} if spec is None else spec.relay_of
         self._folds: dict[str, Fold] = {}
+        self._kept: Kept | None = None
+        self._of: dict[str, int] = {}
         self._round = 0
 
     @property
@@ -120,11 +135,17 @@ class MemoryModel:
 
     def open(self) -> None:
         self._folds = {"": self.strategy.open(self.state)}
+        self._kept = Kept() if self._round + 1 == self.strategy.grouping_round else None
+        self._of = {}
 
     def check(self, update: Update) -> None:
         check(update, round=self._round + 1, layout=self.layout, channels=self.strategy.update_channels)
 
     def fold(self, update: Update) -> None:
+        if self._kept is not None:
+            self._kept.add(update)
+            return
+        self._of[update.site] = update.cluster
         relay = self.relay(update)
         if relay not in self._folds:
             self._folds[relay] = self.strategy.open(self.state)
@@ -133,7 +154,16 @@ class MemoryModel:
     def relay(self, update: Update) -> str:
         return self._relay_of.get(update.site, "")
 
+    def _group(self, kept: Kept) -> None:
+        """Fold a round's updates, now that all of them are there to be put into clusters."""
+        self._kept = None
+        clusters = self.strategy.grouped(sketches_of(InMemory(self.state, kept.updates)))
+        for update in kept.updates:
+            self.fold(replace(update, cluster=clusters[update.site]))
+
     def close(self, round: int) -> dict[str, Any]:
+        if self._kept is not None and self._kept.updates:
+            self._group(self._kept)
         whole = self._folds.pop("")
         merge_partials(whole, [self._folds.pop(relay) for relay in self._relays if relay in self._folds])
         if self.private is not None:
@@ -147,7 +177,10 @@ class MemoryModel:
                 hint="lower the strategy's lr or the sites' training.lr",
             )
         self._round = round
-        self._save_adapter(self.state.theta, self.folder.round_folder(round))
+        if 0 < self.strategy.grouping_round <= round:
+            self.clusters.update(self._of)
+        folder = self.folder.round_folder(round)
+        self.save_models(folder, folder, self.clusters)
         record = self._write(round)
         if self.strategy.moves_base:
             record["residual"] = self.residuals.write(round, self.state.residual)
@@ -161,6 +194,24 @@ class MemoryModel:
     def committed(self, round: int) -> None:
         if self.private is not None:
             self.private.committed(round)
+
+    def model_of(self, cluster: int) -> NamedTensors:
+        """A cluster's tensors, in the model's own dtypes."""
+        if not cluster:
+            return self.state.theta
+        narrow = NamedTensors.empty(self.layout)
+        return narrow.copy_(self.state.slots[channel_of(cluster)])
+
+    def save_models(
+        self,
+        adapter: Path,
+        root: Path,
+        clusters: Mapping[str, int],
+        save: Callable[[NamedTensors, Path], None] | None = None,
+    ) -> None:
+        """Write the model as adapters, as `clusters.py` says."""
+        models = {cluster: self.model_of(cluster) for cluster in {0, *clusters.values()}}
+        save_models(adapter, root, models, clusters, save or self._save_adapter)
 
     def _write(self, round: int) -> dict[str, Any]:
         state = self.state

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from ..model.tensors import NamedTensors
 from ..strategies.update import Update
+from ..train.start import FROM_THETA
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class TrainTask:
         lr: this round's learning rate.
         steps: optimizer steps.
         correction: what the strategy changes in the local gradient.
+        start: which of the global models the work starts from (`train/start.py`).
         state_in, state_out: files of the site's private state before and after (SCAFFOLD's cᵢ), relative to the run's
         folder.
         cohort: sites invited to the round; 0: not said.
@@ -36,6 +38,7 @@ class TrainTask:
     state_in: str | None = None
     state_out: str | None = None
     cohort: int = 0
+    start: Mapping[str, Any] = field(default_factory=lambda: dict(FROM_THETA))
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,14 @@ class EvaluateTask:
         sites: on whose rows.
         arm: `global` (the tensors last broadcast) or `base` (adapter off).
         generate: also generate an answer for each prompt, for exact match.
+        starts: by site, which of several global models is the site's (`train/start.py`). Its result then says beside
+            the scores which it was, as `cluster`.
     """
 
     sites: tuple[str, ...]
     arm: str = "global"
     generate: bool = False
+    starts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,11 @@ class ChainTask:
 @dataclass(frozen=True)
 class SampleTask:
     """Answer held-out prompts: `prompts` are (site, index of its held-out row). The result has `answers`, in their
-    order."""
+    order. `starts` as in `EvaluateTask`."""
 
     prompts: tuple[tuple[str, int], ...]
     arm: str = "global"
+    starts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 Task = TrainTask | EvaluateTask | ChainTask | SampleTask

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..evaluate.metrics import Scores, compare, macro, macro_interval, spread, summarise
 from ..recipe.schema import Recipe
+from .clusters import clusters_of, found, largest
 from .journal import RunJournal
 from .private_rounds import statement
 from .tally import Sites
@@ -81,8 +82,17 @@ class Record:
                 "name": self.recipe.federation.strategy.name,
                 "options": self.recipe.federation.strategy.options,
             },
+            **self._clusters(arms["federated"]["sites"]),
             **facts,
         }
+
+    def _clusters(self, scored: Mapping[str, Any]) -> dict[str, Any]:
+        """Who is in which cluster, where there are several global models."""
+        clusters = clusters_of(self.journal)
+        if not clusters:
+            return {}
+        losses = {site: summary["loss"] for site, summary in scored.items()}
+        return {"clusters": {"adapter": largest(clusters), "found": found(clusters, losses)}}
 
     def _scores(self, key: str) -> BySite | None:
         found = self.journal.get(key)

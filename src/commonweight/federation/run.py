@@ -11,13 +11,16 @@ often it was killed. The global model of round r is evaluated while round r+1 tr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from ..errors import QuorumError, UpdateRefused
 from ..recipe.schema import Recipe
 from ..strategies.base import Strategy
 from ..strategies.update import Update
 from ..train.schedule import lr_in_round
+from ..train.start import check_cluster
+from .clusters import clusters_in_rounds
 from .cohort import choose_cohort, new_round
 from .evaluation import Evaluation
 from .events import Events
@@ -57,6 +60,9 @@ class FederatedRun:
         self._sites = sites
         self.sites = sites(journal.last_round() + 1)
         self.last_answered = self._last_answered()
+        model.clusters = clusters_in_rounds(journal)
+        evaluation.start = self._start_of_evaluation
+        self._enter(journal.last_round() + 1)
 
     def run(self) -> None:
         """Carry the global model through every round that is not committed yet, and evaluate the last.
@@ -67,8 +73,14 @@ class FederatedRun:
         self._begin()
         for number in range(self.journal.last_round() + 1, self.recipe.federation.rounds + 1):
             self._round(number)
+        self._enter(self.recipe.federation.rounds + 1)
         self.model.announce(self.engine)
         self.evaluation.final()
+
+    def _enter(self, number: int) -> None:
+        """Round `number` is the next: what its tasks need to know of all sites' clusters."""
+        self._number = number
+        self._num_clusters = 1 + max(self.model.clusters.values(), default=-1)
 
     def _begin(self) -> None:
         """The latest committed state; at the start, the initial one, which is then round 0's."""
@@ -84,6 +96,7 @@ class FederatedRun:
     def _round(self, number: int) -> None:
         """One round, from invitation to commit."""
         spec, timing = self.recipe.federation, Timing()
+        self._enter(number)
         self.sites = self.evaluation.sites = self._sites(number)
         self.strategy.num_sites = len(self.sites.names)
         cohort = choose_cohort(self.sites.names, spec, seed=self.recipe.seed, round=number)
@@ -129,7 +142,19 @@ class FederatedRun:
             state_in=self.shelf.site_file(site, before) if state and before is not None else None,
             state_out=self.shelf.site_file(site, number) if state else None,
             cohort=cohort,
+            start=self._start(number, site),
         )
+
+    def _start(self, number: int, site: str) -> dict[str, Any]:
+        """Which of the strategy's models a site starts from in a round."""
+        return self.strategy.start(number, self.model.clusters.get(site), self._num_clusters)
+
+    def _start_of_evaluation(self, site: str, final: bool) -> Mapping[str, Any]:
+        """Which model a site is scored with: its cluster's. The result is scored as if another round began."""
+        cluster = self.model.clusters.get(site)
+        if cluster is None or final:
+            return self._start(self._number, site)
+        return {"kind": "cluster", "cluster": cluster}
 
     def _hear(self, round: Round, outcome: Outcome, tally: Tally, timing: Timing) -> Round:
         """Take in one outcome: fold an update, note a failure, or keep an evaluation."""
@@ -147,15 +172,16 @@ class FederatedRun:
             return self._give_up(round, task.site, outcome.reason)
         assert outcome.update is not None
         began = time.perf_counter()
-        round = self._accept(round, outcome.update, tally)
+        round = self._accept(round, task, outcome.update, tally)
         timing.trained_at = time.perf_counter()
         timing.fold += timing.trained_at - began
         return round
 
-    def _accept(self, round: Round, update: Update, tally: Tally) -> Round:
+    def _accept(self, round: Round, task: TrainTask, update: Update, tally: Tally) -> Round:
         """Check one update, fold it, and keep it if it was dear."""
         try:
             self.model.check(update)
+            check_cluster(update.cluster, task.start, update.site, update.round)
         except UpdateRefused as refusal:
             return self._give_up(round, update.site, refusal.message)
         after, verdict = round.apply(Answered(update.site, update.round))
@@ -198,6 +224,7 @@ class FederatedRun:
             "answered": list(round.answered),
             "failed": dict(round.failed),
             "late": list(round.late),
+            **self._clusters_of(round.answered),
             **tally.record(round.cohort, self.strategy, relays=bool(self.recipe.federation.relays)),
             "seconds": timing.seconds(evaluated_at, time.perf_counter()),
         }
@@ -209,6 +236,11 @@ class FederatedRun:
         self.shelf.forget(number, round.answered)
         self.events.emit("round_committed", round=number, answered=len(round.answered), train_loss=record["train_loss"])
         self.events.flush()
+
+    def _clusters_of(self, sites: Sequence[str]) -> dict[str, dict[str, int]]:
+        """What a round's record says of its sites' clusters: nothing where there are none."""
+        found = {site: self.model.clusters[site] for site in sites if site in self.model.clusters}
+        return {"clusters": found} if found else {}
 
     def _last_answered(self) -> dict[str, int]:
         """The latest committed round that each site answered: which version of its private state is true."""

@@ -67,6 +67,7 @@ class FolderShelf:
             "num_examples": update.num_examples,
             "num_label_tokens": update.num_label_tokens,
             "num_steps": update.num_steps,
+            "cluster": update.cluster,
             "metrics": dict(update.metrics),
         }
         self.journal.keep_update(update.round, update.site, {"sha256": sha256, **numbers})

@@ -465,6 +465,7 @@ class Agent:
             num_examples=work.num_examples,
             num_label_tokens=work.num_label_tokens,
             num_steps=work.num_steps,
+            cluster=work.cluster,
             metrics={name: float(value) for name, value in work.metrics.items()},
             policy=self.gate.policy().digest,
         )

@@ -605,13 +605,19 @@ def size(num_bytes: int) -> str:
 
 
 def shared(result: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
-    """An evaluation's result (site → `Scores` as JSON), reduced to what may leave. Unknown columns never do.
+    """An evaluation's result (site → `Scores` as JSON), reduced to what may leave. Unknown columns never do. Beside its
+    scores goes which cluster's model a site was scored with, where there are several.
 
     Raises:
         PolicyError: no scores may leave.
         DataError: they are no scores.
     """
-    return {site: shared_scores(scores, policy) for site, scores in result.items()}
+    return {site: _shared_of_site(found, policy) for site, found in result.items()}
+
+
+def _shared_of_site(found: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
+    scores = shared_scores({key: value for key, value in found.items() if key != "cluster"}, policy)
+    return {**scores, "cluster": int(found["cluster"])} if "cluster" in found else scores
 
 
 def shared_scores(scores: Mapping[str, Any], policy: Policy) -> dict[str, Any]:

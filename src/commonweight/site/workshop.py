@@ -23,12 +23,14 @@ from ..engines.handshake import check_handshake, handshake
 from ..engines.work import TaskWork
 from ..errors import CommonweightError, DataError, SiteError, StateError, StorageError
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, TrainTask
+from ..model.clusters import channel_of
 from ..model.tensors import Layout, NamedTensors, first_non_finite
 from ..recipe.problems import validate
 from ..recipe.schema import DataSpec, Recipe, SitesSpec
 from ..recipe.source import read_source
 from ..train.checkpoint import FileCheckpoint
 from ..train.local import Cancelled, never
+from ..train.start import FROM_THETA, candidates
 from .run_files import JobLike, Joined, RunFiles, is_run_id, write_checkpoint
 from .settings import SiteSettings
 
@@ -59,6 +61,7 @@ class Work:
     Args:
         channels: `delta` (θᵢ − θ) and what else the strategy's correction sends (SCAFFOLD: `control`).
         metrics: `loss`, mean nats a label token over the local work; `seconds`.
+        cluster: of which cluster's model it is an update; 0 where there is one model.
     """
 
     channels: Channels
@@ -66,6 +69,7 @@ class Work:
     num_label_tokens: int
     num_steps: int
     metrics: Mapping[str, float]
+    cluster: int = 0
 
 
 class Workshop(Protocol):
@@ -184,7 +188,8 @@ class RecipeWorkshop:
         with self._turn("training", cancelled), self._sweeping(run):
             self._check(task)
             bench, files = self._bench(run, progress), self._files(run)
-            tensors = _fitting(base, bench.theta.layout, _CORRECTIONS[task.correction["kind"]])
+            needed = (*_CORRECTIONS[task.correction["kind"]], *_channels(task.start))
+            tensors = _fitting(base, bench.theta.layout, needed)
             state = files.private_state(task, bench.theta.layout)
             work = self._work(run, bench, cancelled)
             delta = NamedTensors.empty(bench.theta.layout)
@@ -351,6 +356,7 @@ class RecipeWorkshop:
             "steps": task.steps,
             "seed": work.seed(self.local_name, task.round),
             "correction": dict(task.correction),
+            "start": dict(task.start),
             "state": task.state_in,
             "data": bench.partition["digest"],
             "layout": bench.theta.layout.digest,
@@ -391,6 +397,7 @@ class RecipeWorkshop:
                 f"the strategy asks for a correction {task.correction.get('kind')!r}, which is not known here",
                 hint="install the same version of commonweight as the coordinator's",
             )
+        candidates(task.start)
 
     def _check_sites(self, sites: tuple[str, ...]) -> None:
         name = self.settings.name
@@ -400,8 +407,9 @@ class RecipeWorkshop:
 
     def _evaluate(self, work: TaskWork, task: EvaluateTask, base: Channels) -> dict[str, Any]:
         self._check_sites(tuple(task.sites))
-        local = replace(task, sites=(self.local_name,))
-        return self._by_name(work.evaluate(local, _theta(work.bench, task.arm, base)))
+        starts = self._own_start(task)
+        local = replace(task, sites=(self.local_name,), starts=starts)
+        return self._by_name(work.evaluate(local, _models(work.bench, task.arm, base, starts)))
 
     def _sample(self, work: TaskWork, task: SampleTask, base: Channels) -> dict[str, Any]:
         self._check_sites(tuple(site for site, _ in task.prompts))
@@ -409,8 +417,9 @@ class RecipeWorkshop:
         for _, row in task.prompts:
             if not 0 <= row < len(site.heldout):
                 raise SiteError(f"the task asks for held-out row {row}; this site has {len(site.heldout)}")
-        local = replace(task, prompts=tuple((name, row) for _, row in task.prompts))
-        found = work.sample(local, _theta(work.bench, task.arm, base))
+        starts = self._own_start(task)
+        local = replace(task, prompts=tuple((name, row) for _, row in task.prompts), starts=starts)
+        found = work.sample(local, _models(work.bench, task.arm, base, starts))
         return {"answers": [{**answer, "site": self.settings.name} for answer in found["answers"]]}
 
     def _chain(self, work: TaskWork, task: ChainTask, files: RunFiles) -> dict[str, Any]:
@@ -428,6 +437,11 @@ class RecipeWorkshop:
         result = work.chain(replace(task, sites=name, own=name, everyone=(), folder=folder))
         points = [{**point, "losses": self._by_name(point["losses"])} for point in result["rounds"]]
         return {**result, "rounds": points, "final": self._by_name(result["final"])}
+
+    def _own_start(self, task: EvaluateTask | SampleTask) -> dict[str, Mapping[str, Any]]:
+        """What a task says of this site's model, by the site's name in its own rows."""
+        start = task.starts.get(self.settings.name)
+        return {} if start is None else {self.local_name: start}
 
     def _by_name(self, found: Mapping[str, Any]) -> dict[str, Any]:
         return {self.settings.name: found[self.local_name]}
@@ -493,12 +507,19 @@ def _narrow(tensors: NamedTensors) -> NamedTensors:
     return NamedTensors(tensors.layout, {dtype: flat.to(dtype) for dtype, flat in tensors.flats.items()})
 
 
-def _theta(bench: Bench, arm: str, base: Channels) -> NamedTensors:
+def _channels(start: Mapping[str, Any]) -> tuple[str, ...]:
+    """The channels of the models from which a task may let the site start."""
+    return tuple(map(channel_of, candidates(start)))
+
+
+def _models(bench: Bench, arm: str, base: Channels, starts: Mapping[str, Mapping[str, Any]]) -> Channels:
+    """The model that a task is about; those that it may be, if the site is to find out."""
     if arm not in ("base", "global"):
         raise SiteError(f"the task is about an arm {arm!r}, which is not known here")
     if arm == "base":
-        return bench.theta  # switched off, or, where every weight is trained, the base itself
-    return _fitting(base, bench.theta.layout, ("theta",))["theta"]
+        return {"theta": bench.theta}  # switched off, or, where every weight is trained, the base itself
+    start = next(iter(starts.values()), FROM_THETA)
+    return _fitting(base, bench.theta.layout, _channels(start))
 
 
 def _digest(base: Channels) -> str:

@@ -84,14 +84,14 @@ class Strategy(ABC):
     Options: ClassVar[type[BaseModel]] = NoOptions
 
     #: channels that a site needs beside theta, out of the slots, and those that its update carries
-    broadcast_channels: ClassVar[tuple[str, ...]] = ()
+    broadcast_channels: tuple[str, ...] = ()
     update_channels: ClassVar[tuple[str, ...]] = ("delta",)
 
     #: whether each site keeps state of its own between rounds (SCAFFOLD's cᵢ)
     site_state: ClassVar[bool] = False
 
     #: slots that start at zero, in theta's layout
-    slot_names: ClassVar[tuple[str, ...]] = ()
+    slot_names: tuple[str, ...] = ()
 
     #: tensors that are never trained, sent or averaged: those whose dotted names have this part (`lora_A`); "": none
     frozen: ClassVar[str] = ""
@@ -104,6 +104,10 @@ class Strategy(ABC):
     moves_base: ClassVar[bool] = False
     #: whether it takes in updates as they come, without rounds in which sites wait for each other
     asynchronous: ClassVar[bool] = False
+    #: models kept side by side, one a cluster of sites: theta is cluster 0's, the slots `cluster-1` … are the others'
+    num_models: int = 1
+    #: the round whose updates are put into clusters (`grouped`) before they are combined; 0: none
+    grouping_round: int = 0
     #: why no coordinator can run it, whose updates and model lie in files, as the end of a sentence; "": one can
     not_networked: ClassVar[str] = "a coordinator combines from files, and this strategy takes its updates whole"
     #: whether all it learns from a round's updates is Σ Δᵢ, each counted alike and every element of it
@@ -124,6 +128,20 @@ class Strategy(ABC):
         `{"kind": "scaffold"}` or `{"kind": "freeze", "in_turn": […]}`, parts of names that rest, one a round.
         """
         return {"kind": "none"}
+
+    def start(self, round: int, cluster: int | None, found: int) -> dict[str, Any]:
+        """Where a site starts from in a round (`train/start.py`).
+
+        Args:
+            cluster: the one that the site was last in, if any.
+            found: clusters that sites have been in so far.
+        """
+        return {"kind": "theta"}
+
+    def grouped(self, sketches: Mapping[str, Any]) -> dict[str, int]:
+        """The cluster of each site that answered `grouping_round`, by the sketches of their deltas, in the order of
+        folding."""
+        return {}
 
     def validate(self, layout: Layout) -> None:  # noqa: B027  # most strategies are content with any tensors
         """Raises RecipeError: the strategy cannot run on trainable tensors of this layout."""
@@ -212,7 +230,7 @@ def _add(total: Tensor, flat: Tensor, weight: float) -> None:
 class SumStrategy(Strategy):
     """A strategy to which a weighted sum is enough. A subclass writes `step`, and names its `slot_names`."""
 
-    needs = "sum"
+    needs: ClassVar[Literal["sum", "individuals"]] = "sum"
     not_networked = ""
     of_plain_mean = True
     #: makes a round's sum one that may be published; None: it is the weighted mean as it is
@@ -234,7 +252,7 @@ class SumStrategy(Strategy):
             wide = theta.to(delta.dtype)  # theta itself, unless it is narrower than float32
             self.step(wide, delta, {name: slot.flats[dtype] for name, slot in state.slots.items()})
             theta.copy_(wide)
-        _refuse_non_finite(state)
+        refuse_non_finite(state)
         return state
 
     @abstractmethod
@@ -245,7 +263,8 @@ class SumStrategy(Strategy):
         """
 
 
-def _refuse_non_finite(state: ServerState) -> None:
+def refuse_non_finite(state: ServerState) -> None:
+    """Raises RoundError: a round's result is not finite."""
     # each update was finite, but their sum, a square or a long step may not be; named here it blames no site
     for what, tensors in {"theta": state.theta, **state.slots}.items():
         name = first_non_finite(tensors)

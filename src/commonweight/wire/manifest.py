@@ -56,6 +56,7 @@ class ParsedManifest:
         num_examples, num_label_tokens, num_steps: what it trained on and for how long.
         metrics: figures for people, finite.
         policy: hex digest of the site's policy.
+        cluster: of which cluster's model it claims to be an update.
     """
 
     run: str
@@ -69,6 +70,7 @@ class ParsedManifest:
     num_steps: int
     metrics: Mapping[str, float]
     policy: str
+    cluster: int = 0
 
 
 def parse_manifest(signed: SignedManifest, *, limits: Limits = LIMITS) -> ParsedManifest:
@@ -109,6 +111,7 @@ def parse_manifest(signed: SignedManifest, *, limits: Limits = LIMITS) -> Parsed
         *counts,
         _metrics(message.metrics),
         message.policy,
+        message.cluster,
     )
 
 

@@ -631,6 +631,7 @@ class Manifest(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    CLUSTER_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     round: _builtins.int
     task: _builtins.str
@@ -645,6 +646,8 @@ class Manifest(_message.Message):
     num_steps: _builtins.int
     policy: _builtins.str
     """hex digest of the site's policy"""
+    cluster: _builtins.int
+    """of which cluster's model it is an update; 0 where there is one model"""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     def __init__(
@@ -661,10 +664,11 @@ class Manifest(_message.Message):
         num_steps: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         policy: _builtins.str = ...,
+        cluster: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "frame", b"frame", "metrics", b"metrics", "num_examples", b"num_examples", "num_label_tokens", b"num_label_tokens", "num_steps", b"num_steps", "policy", b"policy", "round", b"round", "run", b"run", "site", b"site", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "cluster", b"cluster", "frame", b"frame", "metrics", b"metrics", "num_examples", b"num_examples", "num_label_tokens", b"num_label_tokens", "num_steps", b"num_steps", "policy", b"policy", "round", b"round", "run", b"run", "site", b"site", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

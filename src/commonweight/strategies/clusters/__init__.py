@@ -1,0 +1,1 @@
+"""Strategies that keep a model for each of several clusters of sites."""
