@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .data.names import require_sites
 from .engines.bench import Bench, build_bench
 from .engines.inprocess import InProcessEngine, available_cores
 from .errors import StateError
@@ -27,7 +28,6 @@ from .federation.global_model import MemoryModel
 from .federation.journal import Journal
 from .federation.private_rounds import PrivateRounds
 from .federation.record import Record
-from .federation.relays import check_relays
 from .federation.residuals import save_residual
 from .federation.run import FederatedRun
 from .federation.shelf import FolderShelf
@@ -84,7 +84,7 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
         bench = build_bench(recipe)
         sites = bench.facts
         check_cohort(len(sites.names), recipe.federation)
-        check_relays(sites.names, recipe.federation)
+        require_sites(recipe.federation.relay_of, sites.names, "federation.relays")
         strategy = _strategy(recipe, len(sites.names))
         strategy.check(recipe.federation.cohort.size(len(sites.names)))
         check_asynchronous(recipe, len(sites.names))

@@ -4,7 +4,7 @@ Nothing is simulated but the distance: every party enrols with a one-time token,
 keeps its own folder, and each site has a policy. The rows are divided by the recipe's own `data.sites`, a part for each
 site. So the adapter is that of `commonweight run`, bit for bit on CPU.
 
-    <folder>/coordinator/   lead/   sites/<site>/   logs/
+    <folder>/coordinator/   lead/   relays/<relay>/   sites/<site>/   logs/
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import yaml
 
 from .coordinator import folder as coordinator_folder
 from .coordinator.settings import FILE, CoordinatorSettings, settings_text
-from .data.names import listed
+from .data.names import listed, require_sites
 from .data.sites import load_sites
 from .errors import CommonweightError, RecipeError, RoundError, UnreachableError
 from .evaluate.report import read_metrics
@@ -44,6 +44,7 @@ from .model.base import load_tokenizer
 from .recipe.load import check_methods
 from .recipe.schema import DEMO_DATA, Method, Recipe
 from .registry import BUILT_IN, built_in
+from .relay.settings import write_settings as write_relay_settings
 from .site.policy import Policy, policy_text
 from .site.settings import POLICY_FILE, SETTINGS_FILE
 
@@ -92,6 +93,7 @@ def partitioned(recipe: Recipe, sites: int | None = None) -> tuple[Recipe, dict[
         )
     check_cohort(len(names), recipe.federation)
     check_asynchronous(recipe, len(names))
+    require_sites(recipe.federation.relay_of, names, "federation.relays")
     enrolled = site_names(names)
     recipe = _by_enrolled_name(recipe, dict(zip(names, enrolled, strict=True)))
     return recipe, dict(zip(enrolled, names, strict=True)), left_out
@@ -107,7 +109,9 @@ def _by_enrolled_name(recipe: Recipe, enrolled: Mapping[str, str]) -> Recipe:
     training = training.model_copy(update={"budget": renamed(training.budget)})
     parts = {"sites": renamed(adapter.sites), "budget": renamed(adapter.budget)}
     model = recipe.model.model_copy(update={"adapter": adapter.model_copy(update=parts)})
-    return recipe.model_copy(update={"model": model, "training": training})
+    relays = {relay: [enrolled.get(name, name) for name in sites] for relay, sites in recipe.federation.relays.items()}
+    federation = recipe.federation.model_copy(update={"relays": relays})
+    return recipe.model_copy(update={"model": model, "training": training, "federation": federation})
 
 
 def site_names(parts: Sequence[str]) -> list[str]:
@@ -162,9 +166,11 @@ class Sandbox:
         self.folder, self.names, self.tell = folder.absolute(), dict(names), tell
         self.data, self.device = recipe.data.path, recipe.engine.device
         self.strategies = _methods("strategy", recipe.federation.strategy)
+        self.relays = list(recipe.federation.relays)
         self.coordinator, self.lead = self.folder / "coordinator", self.folder / "lead"
         self.logs = self.folder / "logs"
         self._coordinator: list[_Process] = []
+        self._relays: list[_Process] = []
         self._sites: list[_Process] = []
 
     def __enter__(self) -> Self:
@@ -203,6 +209,8 @@ class Sandbox:
         write_text(self.coordinator / FILE, settings_text(settings.model_copy(update=_at(ports))))
         self.tell(f"the coordinator serves on port {ports['services']}")
         self._enrol(LEAD, "lead", self.lead)
+        for relay in self.relays:
+            self._add_relay(relay)
         for site in self.names:
             self._add_site(site, f"{_HOST}:{ports['services']}")
         self.tell(f"a lead has joined, and {'1 site' if len(self.names) == 1 else f'{len(self.names)} sites'}")
@@ -235,6 +243,13 @@ class Sandbox:
         write_text(folder / SETTINGS_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         self._sites.append(self._run(f"site-{site}", "site", "run", str(folder)))
 
+    def _add_relay(self, relay: str) -> None:
+        folder, anywhere = self.folder / "relays" / relay, f"{_HOST}:0"
+        self._enrol(relay, "relay", folder / "identity")
+        address = IdentityFolder.open(folder / "identity").address
+        write_relay_settings(folder, relay, address, listen=anywhere, reached_at=anywhere)
+        self._relays.append(self._run(f"relay-{relay}", "relay", "run", str(folder)))
+
     def _run(self, name: str, *arguments: str) -> _Process:
         """Start a part, in a session of its own: Ctrl-C comes to us, and we stop the parts in order."""
         log = self.logs / f"{name}.log"
@@ -251,10 +266,10 @@ class Sandbox:
         return _Process(name, process, log)
 
     def stop(self) -> None:
-        """End every part: the sites, then the coordinator. What does not end is killed."""
-        everything = [*self._sites, *self._coordinator]
+        """End every part: the sites, the relays, then the coordinator. What does not end is killed."""
+        everything = [*self._sites, *self._relays, *self._coordinator]
         try:
-            for group in (self._sites, self._coordinator):
+            for group in (self._sites, self._relays, self._coordinator):
                 for part in group:
                     part.process.terminate()
                 ends = time.monotonic() + _STOP_S
@@ -271,7 +286,7 @@ class Sandbox:
 
     def check(self) -> None:
         """Raises RoundError: a part has ended before its time; with the end of its log."""
-        for part in (*self._coordinator, *self._sites):
+        for part in (*self._coordinator, *self._relays, *self._sites):
             if part.ended:
                 raise RoundError(
                     f"the process {part.name} has ended, with code {part.process.returncode}", hint=self.tails([part])
@@ -280,7 +295,7 @@ class Sandbox:
     def tails(self, parts: Sequence[_Process] | None = None) -> str:
         """The last lines of logs, for an error's hint."""
         lines = [f"the logs are in {self.logs}"]
-        for part in (*self._coordinator, *self._sites) if parts is None else parts:
+        for part in (*self._coordinator, *self._relays, *self._sites) if parts is None else parts:
             lines += [f"the end of {part.log.name}:", *(f"    {line}" for line in part.tail())]
         return "\n".join(lines)
 
@@ -322,6 +337,7 @@ class Sandbox:
             "purposes": [PURPOSE],
             "strategies": _methods("strategy", recipe.federation.strategy),
             "objectives": _methods("objective", recipe.training.objective),
+            "relays": list(self.relays),
             "min_cohort": 1,
             "max_rounds": recipe.federation.rounds,
             "max_bytes_per_round": "1 TiB",

@@ -54,6 +54,7 @@ POLICIES = st.fixed_dictionaries(
         "purposes": or_any(PURPOSES),
         "strategies": some(STRATEGIES),
         "objectives": some(OBJECTIVES),
+        "relays": or_any(("upland", "lowland")),
         "min_cohort": st.integers(1, 5),
         "max_rounds": st.integers(0, 5),
         "max_bytes_per_round": SIZES,

@@ -149,7 +149,8 @@ class FakeCoordinator:
 
     async def start(self) -> None:
         self.server = grpc.aio.server(options=channel_options())
-        self.server.add_generic_rpc_handlers((handler(FEDERATION, self), handler(TRANSFER, self)))
+        of_sites = {name: method for name, method in FEDERATION.items() if hasattr(self, name)}
+        self.server.add_generic_rpc_handlers((handler(of_sites, self), handler(TRANSFER, self)))
         address = f"127.0.0.1:{self.port}"
         if self.tls:
             self.port = self.server.add_secure_port(address, server_credentials(lambda: self.identity))

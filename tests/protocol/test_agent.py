@@ -55,6 +55,7 @@ POLICY: dict[str, Any] = {
     "purposes": ["any"],
     "strategies": ["built-in"],
     "objectives": ["built-in"],
+    "relays": [],
     "min_cohort": 1,
     "max_rounds": 10,
     "max_bytes_per_round": 10_000_000,

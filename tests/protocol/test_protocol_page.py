@@ -9,7 +9,7 @@ import torch
 
 from commonweight.identity import keys, roles
 from commonweight.model.tensors import NamedTensors
-from commonweight.wire import manifest, messages, refusals, service
+from commonweight.wire import manifest, messages, partial, refusals, service
 from commonweight.wire.frames import LIMITS, Channel, Frame, frame_of, parse_header, piece_of, plan_for
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -82,6 +82,7 @@ def limits() -> dict[str, str]:
         "an update's examples, label tokens, steps": "10¹⁵ each; at least one example",
         "a job's recipe": f"{messages.RECIPE_BYTES // mib} MiB",
         "the sites of a job": f"{messages.MAX_SITES:,}",
+        "the sites in a region's sum": f"{partial.MAX_MEMBERS:,}",
         "the JSON of a task or an answer": f"{messages.JSON_BYTES // mib} MiB",
     }
 

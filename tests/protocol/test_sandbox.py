@@ -102,6 +102,30 @@ def adapters(run: Path) -> dict[str, bytes]:
     return {str(file.relative_to(run)): file.read_bytes() for file in files}
 
 
+def test_relays_give_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Two regions; then a relay is killed, and its sites send to the coordinator."""
+    federation = {"relays": {"lowland": ["west"], "upland": ["north", "south"]}, "strategy": "fednova"}
+    recipe = make_recipe(federation=federation, evaluation={**EVALUATION, "samples": 0})
+    recipe, names, _ = partitioned(recipe, 3)
+    with Sandbox(tmp_path / "federation", recipe, names) as at_work:
+        found = at_work.carry_out(recipe, tmp_path / "there")
+        expected = run(recipe, tmp_path / "here")
+        assert found["adapter"]["digest"] == expected["adapter"]["digest"]
+        assert found["bytes"] == expected["bytes"]
+        site = at_work.folder / "sites" / "north"
+        went = [row["to"] for row in call("site", "audit", site, "--json").json["rows"] if row["what"] == "update"]
+        assert [to.startswith("relay upland (") for to in went] == [True, False] * 2  # and a manifest, which asks
+
+        upland = next(part for part in at_work._relays if part.name == "relay-upland")
+        at_work._relays.remove(upland)
+        upland.process.kill()
+        upland.process.wait()
+        shorter = recipe.model_copy(update={"federation": recipe.federation.model_copy(update={"patience_s": 1.0})})
+        without = at_work.carry_out(shorter, tmp_path / "without")
+        flat = make_recipe(federation={**federation, "relays": {"lowland": ["west"]}}, evaluation={"samples": 0})
+        assert without["adapter"]["digest"] == run(flat, tmp_path / "flat")["adapter"]["digest"]
+
+
 def a_person_approves(federation: Sandbox, recipe: Recipe, model: str, folder: Path) -> None:
     """What the guides tell a lead and a site's engineer to type, in the federation at work."""
     me, north = ("--identity", federation.lead), federation.folder / "sites" / "north"

@@ -16,7 +16,7 @@ from commonweight.coordinator import hub
 from commonweight.coordinator.audit import AuditEntry, verify_chain
 from commonweight.coordinator.hub import Hub, Stream
 from commonweight.coordinator.plans import RunPlan
-from commonweight.coordinator.service import _TRANSFERS
+from commonweight.coordinator.pushes import TRANSFERS
 from commonweight.errors import RecipeError, StateError, StorageError
 from commonweight.wire import protocol_pb2 as pb
 from commonweight.wire.frames import chunk_digest, parse_header
@@ -260,19 +260,21 @@ def test_a_site_that_does_not_read_is_let_go(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_tasks_are_pushed_once_the_database_is_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An outage while tasks are pushed must not be the end of pushing."""
+    from commonweight.coordinator.plans import Plans
+    from commonweight.coordinator.relays import Routes
     from commonweight.coordinator.store import Store
 
     monkeypatch.setattr(hub, "_AGAIN_S", 0.01)
     outages = [3]
 
     async def away(function: Any, *arguments: Any) -> Any:
-        if outages[0] and function == store.open_tasks:
+        if outages[0] and getattr(function, "__name__", "") == "_open_tasks":
             outages[0] -= 1
             raise StorageError("the database is away", retry=True)
         return function(*arguments)
 
     async def scenario() -> None:
-        one = Hub(store, away)
+        one = Hub(store, away, Routes(store, Plans(store, ())))
         stream = Stream("north", "s", None, {"over"})  # type: ignore[arg-type]
         one.add(stream)
         following = asyncio.create_task(one.follow())
@@ -367,7 +369,7 @@ def test_one_caller_cannot_hold_any_number_of_transfers(reader: Site, held: pb.T
 
     upload = reader.open(reader.manifest(held)).upload
     try:
-        for _ in range(_TRANSFERS):
+        for _ in range(TRANSFERS):
             calls.append(reader.begin("Transfer/Push", nothing(), commonweight_upload=upload))
         denial = wait_for(lambda: _too_many(reader, held))
         assert denial.code is grpc.StatusCode.UNAVAILABLE

@@ -381,7 +381,7 @@ def test_an_update_whose_last_step_failed_is_accepted_when_it_is_offered_again(
     site, task = start()
     accept = coordinator.store.accept_upload
 
-    def away(upload: str) -> Any:
+    def away(upload: str, members: Any) -> Any:
         raise StorageError("the database is away", retry=True)
 
     monkeypatch.setattr(coordinator.store, "accept_upload", away)

@@ -17,6 +17,7 @@ OPEN: dict[str, Any] = {
     "purposes": ["triage"],
     "strategies": ["built-in"],
     "objectives": ["built-in"],
+    "relays": ["upland"],
     "min_cohort": 3,
     "max_rounds": 10,
     "max_bytes_per_round": 2_000,

@@ -891,6 +891,9 @@ def test_sites_cannot_command_and_auditors_change_nothing() -> None:
     assert not may_do["auditor"] & {"Control/Submit", "Control/Cancel", "Transfer/Push"}
     assert [role for role in roles.ROLES if "Control/Submit" in may_do[role]] == ["lead"]
     assert may_do["coordinator"] == set()
+    assert not any(method.startswith("Control/") for method in may_do["relay"])
+    assert may_do["relay"] - may_do["site"] == {"Federation/OpenPartial", "Federation/Region"}
+    assert may_do["site"] - may_do["relay"] == {"Federation/OpenUpload", "Transfer/Fetch"}
 
 
 @pytest.mark.parametrize(
@@ -912,9 +915,9 @@ def test_what_the_table_does_not_name_is_refused(role: str, method: str) -> None
 
 def test_the_table_reads_well_in_the_docs() -> None:
     lines = roles.markdown().splitlines()
-    assert lines[0] == "| method | site | lead | admin | auditor |"
+    assert lines[0] == "| method | site | relay | lead | admin | auditor |"
     assert len(lines) == len(roles.MAY) + 2
-    assert "| `Control/Submit` |  | yes |  |  |" in lines
+    assert "| `Control/Submit` |  |  | yes |  |  |" in lines
     assert set(roles.MEANING) == set(roles.ROLES)
 
 

@@ -254,7 +254,11 @@ BAD = [
     Case("coordinator enroll north -d nowhere", 6, ("nowhere holds no coordinator",)),
     Case("coordinator enroll", 2, ("missing argument", "NAME")),
     Case("coordinator enroll North -d fed", 8, ("'North' cannot be a name",)),
-    Case("coordinator enroll north --role boss -d fed", 2, ("--role boss is no role", "site, lead, admin, auditor")),
+    Case(
+        "coordinator enroll north --role boss -d fed",
+        2,
+        ("--role boss is no role", "site, relay, lead, admin, auditor"),
+    ),
     Case("coordinator enroll north --role coordinator -d fed", 2, ("--role coordinator is no role",)),
     Case("coordinator enroll north --hours 0 -d fed", 8, ("0 hours",)),
     Case("coordinator enroll north --hours soon -d fed", 2, ("--hours",)),

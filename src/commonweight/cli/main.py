@@ -15,7 +15,7 @@ import typer
 
 from .. import __version__
 from ..errors import CommonweightError, RecipeError, StorageError
-from . import coordinator, jobs, site
+from . import coordinator, jobs, relay, site
 from .inspect import methods, report, runs
 from .privacy import ledger, plan
 from .sandbox import sandbox
@@ -79,6 +79,7 @@ for command in (demo, init, validate, plan, run, report, runs, ledger, methods, 
     app.command()(_guarded(command))
 _group("coordinator", "Run a federation's coordinator.", coordinator.COMMANDS)
 _group("site", "Take part in a federation as a site, with data that stay where they are.", site.COMMANDS)
+_group("relay", "Add up the updates of a region's sites, and pass on the sum.", relay.COMMANDS)
 for name, job_command in jobs.COMMANDS.items():
     app.command(name)(_guarded(job_command))
 

@@ -71,14 +71,21 @@ def _file(path: Path) -> str:
         ) from error
 
 
-def check_joiner(token: Token, *, site: bool) -> None:
+#: who joins by a command of its own; all others by `join TOKEN`
+JOINING = {"site": "site join TOKEN DIR", "relay": "relay join TOKEN DIR"}
+
+
+def check_joiner(token: Token, *, role: str = "") -> None:
     """Refuse a site's token where users join, and the other way round, before it is used.
 
+    Args:
+        role: whose command it is, of `JOINING`; "": the users'.
+
     Raises:
-        AccessError: it is for the other command.
+        AccessError: it is for another command.
     """
-    if (token.role == "site") != site:
-        command = "site join TOKEN DIR" if token.role == "site" else "join TOKEN"
+    if (token.role if token.role in JOINING else "") != role:
+        command = JOINING.get(token.role, "join TOKEN")
         raise AccessError(f"this token lets {token.name} in as {token.role}", hint=f"use it by: commonweight {command}")
 
 

@@ -66,7 +66,7 @@ def join(
 
     text = read_token(token)
     meant = Token.from_text(text)
-    check_joiner(meant, site=True)
+    check_joiner(meant, role="site")
     again = (directory / SETTINGS_FILE).exists()
     if again and (named := load_settings(directory).name) != meant.name:
         raise AccessError(
@@ -116,7 +116,7 @@ def run(directory: SiteArgument, quiet: QuietOption = False) -> None:
 
     bound_memory()
     settings = load_settings(directory)
-    with _alone(directory), _records(directory) as records:
+    with alone(directory, "site"), _records(directory) as records:
         identity = IdentityFolder.open(directory / "identity")
         if identity.holder.name != settings.name:
             raise AccessError(
@@ -136,11 +136,11 @@ def run(directory: SiteArgument, quiet: QuietOption = False) -> None:
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Only one agent works in a site's folder."""
+def alone(directory: Path, what: str) -> Iterator[None]:
+    """Only one agent works in a site's folder, or a relay's."""
     with (directory / _LOCK).open("a") as lock:
         if not _lock(lock):
-            raise StateError(f"another process runs the site in {directory}", hint="stop it first")
+            raise StateError(f"another process runs the {what} in {directory}", hint="stop it first")
         yield
 
 

@@ -208,7 +208,8 @@ class Conductor:
         strategy.check(recipe.federation.cohort.size(len(first.names)))
         check_clusters(recipe, strategy)
         private = PrivateRounds.of(recipe, journal, len(first.names), self._seal())
-        model = StoredModel(strategy, here.files(self.run_id), plan.initial.digest, private)
+        relays = tuple(recipe.federation.relays)
+        model = StoredModel(strategy, here.files(self.run_id), plan.initial.digest, private, relays)
         trainable = sum(plan.layout.numels.values())
         events.emit(
             "engine_started",

@@ -30,6 +30,7 @@ from .metrics import Metrics
 from .plans import Plans, RunPlan
 from .presence import Presence
 from .receive import SPARE, Receiver
+from .relays import Routes
 from .settings import CoordinatorSettings
 from .spares import Spares
 from .store import Store, Upload
@@ -70,7 +71,7 @@ class Context:
         self.presence = Presence(self.store, self.replica, fresh_s=3 * settings.heartbeat_s + 2)
         self._store_pool = ThreadPoolExecutor(_STORE_THREADS, thread_name_prefix="store")
         self._crunch_pool = ThreadPoolExecutor(os.cpu_count() or 2, thread_name_prefix="crunch")
-        self.hub = Hub(self.store, self.away)
+        self.hub = Hub(self.store, self.away, Routes(self.store, self.plans))
         self.lanes = Lanes(settings.transfers_at_once)
         self._files: dict[str, FrameFiles] = {}
         self._renewed_at: dict[str, float] = {}
@@ -116,13 +117,15 @@ class Context:
 
         Raises:
             Refused: there is no such run.
-            AccessError: it was not submitted for this site.
+            AccessError: it was not submitted for this site, or does not name this relay.
         """
         plan = self.plans.of(run)
         if plan is None:
             raise Refused(Refusal.UNKNOWN_RUN, f"there is no run {run!r}")
         if holder.role == "site" and plan.job.sites and holder.name not in plan.job.sites:
             raise AccessError(f"run {plan.job.name!r} is not for site {holder.name!r}")
+        if holder.role == "relay" and holder.name not in plan.recipe.federation.relays:
+            raise AccessError(f"run {plan.job.name!r} does not name the relay {holder.name!r}")
         return plan
 
     def certificate(self) -> bytes:

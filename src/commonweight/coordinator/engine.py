@@ -29,17 +29,19 @@ from ..federation.messages import (
 )
 from ..federation.round import DeadlinePassed, Failed, Phase, Round
 from ..model.tensors import NamedTensors
-from ..wire.manifest import parse_manifest
-from ..wire.protocol_pb2 import SignedManifest
+from ..wire.partial import parse_partial
+from ..wire.protocol_pb2 import SignedPartial
 from .access import ACTIVE
 from .answers import checked_result
 from .blobs import Blobs
 from .plans import RunPlan
 from .presence import Presence
-from .receive import weight_of
+from .relays import KIND as RELAY
+from .relays import Desk, sites_of
 from .store import Lease, Store, TaskRow, Upload
-from .stored_updates import StoredUpdate
+from .stored_updates import StoredPartial, StoredUpdate
 from .tasks import OPEN
+from .updates import key_of, stored_update
 from .vault import Vault
 
 _KINDS: dict[type[Task], str] = {
@@ -50,6 +52,8 @@ _KINDS: dict[type[Task], str] = {
 }
 #: without a notice, the state is looked at this often: for deadlines, and for sites that went away
 _LOOK_S = 0.5
+#: a relay that has every update may take this many times the recipe's patience to offer their sum
+_SUM_PATIENCE = 10
 #: with more tasks than this, looks are spaced out
 _FEW = 16
 
@@ -104,6 +108,8 @@ class NetworkEngine:
         self.run_id = plan.job.id
         self.base = ""
         self.num_sites = 0
+        self.desk = Desk(store, presence, self.run_id, plan.recipe.federation.relays)
+        self._partials: dict[str, StoredPartial] = {}
 
     def announce(self, base: str) -> None:
         """Make the frame of this digest what tasks start from."""
@@ -134,26 +140,24 @@ class NetworkEngine:
             deadline_at=deadline_at,
         )
 
-    def stored_update(self, upload: Upload) -> StoredUpdate:
+    def accepted(self, round: int, sites: set[str]) -> dict[str, tuple[Upload, StoredPartial | None]]:
+        """The uploads of sites that have answered, and the sum in which an update came if it came in one."""
+        relays = set(self.desk.relays)
+        uploads = self.store.accepted_uploads(self.run_id, round, sites | relays)
+        partials = [self._partial(upload) for upload in uploads if upload.site in relays]
+        partial_of = {site: partial for partial in partials for site in partial.sites}
+        return {u.site: (u, partial_of.get(u.site)) for u in uploads if u.site not in relays}
+
+    def _partial(self, upload: Upload) -> StoredPartial:
+        if upload.id not in self._partials:
+            partial = parse_partial(SignedPartial(partial=upload.manifest, signature=upload.signature))
+            path, key = self.blobs.open_local(upload.blob), key_of(upload, self.vault)
+            self._partials[upload.id] = StoredPartial(upload.site, partial.sites, partial.frame, path, key)
+        return self._partials[upload.id]
+
+    def stored_update(self, upload: Upload, partial: StoredPartial | None = None) -> StoredUpdate:
         """An accepted upload as an update whose tensors stay where they are."""
-        manifest = parse_manifest(SignedManifest(manifest=upload.manifest, signature=upload.signature))
-        assert upload.data_key is not None
-        key = self.vault.unwrap(upload.data_key, f"{upload.run}/{upload.round}/{upload.site}")
-        return StoredUpdate(
-            upload.site,
-            upload.round,
-            {},
-            weight=weight_of(manifest, self.plan),
-            num_examples=manifest.num_examples,
-            num_label_tokens=manifest.num_label_tokens,
-            num_steps=manifest.num_steps,
-            cluster=manifest.cluster,
-            metrics=manifest.metrics,
-            frame=manifest.frame,
-            path=self.blobs.open_local(upload.blob),
-            key=key,
-            base=manifest.base,
-        )
+        return stored_update(upload, self.plan, self.blobs, self.vault, partial)
 
 
 def site_of(task: Task) -> str:
@@ -183,6 +187,8 @@ class Errand:
         self.outcome_of: dict[int, Outcome] = {}
         self.decided: set[int] = set()
         self.waits: set[str] = set()
+        self.relays: dict[str, TaskRow] = {}
+        self.complete_since: dict[str, float] = {}
 
     def outcomes(self) -> Iterator[Outcome]:
         """In the order of the tasks."""
@@ -231,7 +237,16 @@ class Errand:
                 deadline_at = self.deadline_at if isinstance(task, TrainTask) else None
                 self.rows[index] = self.engine.row(task, self.round, deadline_at, attempt)
                 new.append(self.rows[index])
-        self.store.add_tasks(lease, new)
+        self.store.add_tasks(lease, [*new, *self._relay_tasks(waiting, known)])
+
+    def _relay_tasks(self, waiting: set[str], known: Mapping[str, TaskRow]) -> list[TaskRow]:
+        """The tasks of relays that are not out yet; each relay has one in a round."""
+        named = [(task, self.rows[index].id) for index, task in enumerate(self.tasks)]
+        tasks = {t.site: (name, t.steps) for t, name in named if isinstance(t, TrainTask) and t.site in waiting}
+        rows = self.engine.desk.tasks(self.round, self.engine.base, tasks, self.deadline_at) if tasks else []
+        fresh = [row for row in rows if row.id not in known]
+        self.relays = {row.id: row for row in [*known.values(), *fresh] if row.kind == RELAY}
+        return fresh
 
     def _standing(self, task: Task, known: Mapping[str, TaskRow], *, lost: bool) -> tuple[TaskRow | None, int]:
         """The row of a task that is out already and not in vain, and the number of rows that were in vain.
@@ -266,10 +281,37 @@ class Errand:
                 self._other(index, task, site, state)
             elif site in waiting and state in ("failed", "refused", "done"):
                 self._train(index)
+        self._look_at_relays(states, waiting)
         if round is not None and round.phase is Phase.OPEN:
             round = self._absences(round)
         if round is not None:
             self._settle(round)
+
+    def _look_at_relays(self, states: Mapping[str, tuple[str, str]], waiting: set[str]) -> None:
+        """Give up relays that cannot or will not deliver, or are away: their sites send to the coordinator."""
+        for name, row in list(self.relays.items()):
+            state = states.get(name, ("", ""))[1]
+            reason = self._trouble(row, states, waiting) if state in OPEN else "the relay did not deliver"
+            if not reason:
+                continue
+            del self.relays[name]
+            if state != "done":
+                self.engine.events.emit("relay_given_up", round=self.round, relay=row.site, reason=reason)
+                self.store.give_up(self.engine.led.lease, name, sites_of(row), reason)
+
+    def _trouble(self, row: TaskRow, states: Mapping[str, tuple[str, str]], waiting: set[str]) -> str:
+        """Why a relay is not to be counted on; "": it is at work."""
+        away = self.engine.presence.away_for(row.site)
+        if away is not None and away > self.spec.patience_s:
+            return f"the relay has been away for {away:.0f} s"
+        wanted = [states.get(task, ("", ""))[1] for site, task in sites_of(row).items() if site in waiting]
+        if not wanted or set(wanted) != {"held"}:
+            self.complete_since.pop(row.id, None)
+            return ""
+        since = time.monotonic() - self.complete_since.setdefault(row.id, time.monotonic())
+        if since > _SUM_PATIENCE * self.spec.patience_s and not self.store.has_offered(row.run, row.round, row.site):
+            return f"the relay has had all of its sites' updates for {since:.0f} s"
+        return ""
 
     def _round_now(self) -> Round | None:
         found = self.store.round_state(self.engine.run_id, self.round) if self.trains else None
@@ -340,16 +382,14 @@ class Errand:
         """Outcomes that follow from the round's state."""
         fresh = [i for i, t in enumerate(self.tasks) if isinstance(t, TrainTask) and i not in self.decided]
         answered = {site_of(self.tasks[index]) for index in fresh}.intersection(round.answered)
-        uploads: dict[str, Upload] = {}
-        if answered:
-            uploads = {u.site: u for u in self.store.accepted_uploads(self.engine.run_id, self.round, answered)}
+        uploads = self.engine.accepted(self.round, answered) if answered else {}
         closed = round.phase is not Phase.OPEN
         late = []
         for index in fresh:
             task = self.tasks[index]
             assert isinstance(task, TrainTask)
             if task.site in uploads:
-                self._decide(index, Completed(task, self.engine.stored_update(uploads[task.site])))
+                self._decide(index, Completed(task, self.engine.stored_update(*uploads[task.site])))
             elif task.site in round.failed:
                 self._decide(index, Dropped(task, round.failed[task.site]))
                 late.append(self.rows[index].id)

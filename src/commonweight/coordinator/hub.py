@@ -16,6 +16,7 @@ from ..errors import CommonweightError
 from ..identity.certificates import Holder
 from ..wire.protocol_pb2 import Bye, CoordinatorMessage, RunEnded, Task, Withdraw
 from .bus import ALL
+from .relays import Route, Routes
 from .store import Store, TaskRow
 
 _log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Stream:
         audit_sequence: of the latest head of the audit log that it was told.
         heard_at: when it was last heard, by the event loop's clock.
         ended_runs: those that it was told of.
+        direct: ids of the tasks of which it was told that their updates come here, and not to its relay.
     """
 
     def __init__(self, site: str, session: str, holder: Holder, told: set[str]) -> None:
@@ -54,6 +56,7 @@ class Stream:
         self._loop = asyncio.get_running_loop()
         self.heard_at = self._loop.time()
         self.ended_runs: set[str] = set()
+        self.direct: set[str] = set()
         self._call = asyncio.current_task()
         self._ending = False
         self._out: asyncio.Queue[CoordinatorMessage | None] = asyncio.Queue()
@@ -85,8 +88,8 @@ class Stream:
 class Hub:
     """The streams of this replica."""
 
-    def __init__(self, store: Store, away: Away) -> None:
-        self.store, self.away = store, away
+    def __init__(self, store: Store, away: Away, routes: Routes) -> None:
+        self.store, self.away, self.routes = store, away, routes
         self.streams: dict[str, Stream] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._ended: dict[str, tuple[str, frozenset[str]]] = {}
@@ -108,19 +111,35 @@ class Hub:
             stream = self.streams.get(site)
             if stream is None:
                 return
-            rows: list[TaskRow] = await self.away(self.store.open_tasks, site)
-            open_ids = {row.id for row in rows}
+            rows: list[tuple[TaskRow, Route | None]] = await self.away(self._open_tasks, site)
+            open_ids = {row.id for row, _ in rows}
             for task in stream.told - open_ids:
                 stream.send(withdraw=Withdraw(task=task, reason="it is over"))
-            for row in rows:
-                if row.id not in stream.told:
-                    stream.send(task=self._task(row))
+            for row, route in rows:
+                past_relay = route is not None and not route.relay
+                # one that was to go to a relay is offered anew when that is given up
+                if row.id not in stream.told or (past_relay and row.id not in stream.direct):
+                    stream.send(task=self._task(row, route))
+                if past_relay:
+                    stream.direct.add(row.id)
             stream.told = open_ids
+            stream.direct &= open_ids
 
-    def _task(self, row: TaskRow) -> Task:
+    def _open_tasks(self, site: str) -> list[tuple[TaskRow, Route | None]]:
+        return [(row, self.routes.of(row)) for row in self.store.open_tasks(site)]
+
+    def _task(self, row: TaskRow, route: Route | None) -> Task:
         left = 0.0 if row.deadline_at is None else max(0.001, row.deadline_at - self.store.database.clock())
         return Task(
-            id=row.id, run=row.run, round=row.round, kind=row.kind, body=row.body, base=row.base, seconds_left=left
+            id=row.id,
+            run=row.run,
+            round=row.round,
+            kind=row.kind,
+            body=row.body,
+            base=row.base,
+            seconds_left=left,
+            relay=route.relay if route else "",
+            relay_address=route.address if route else "",
         )
 
     # --- runs that are over
@@ -153,7 +172,7 @@ class Hub:
 
     def _end_of(self, run: str) -> tuple[str, frozenset[str]]:
         sites = frozenset(m.site for m in self.store.members(run) if m.state == "joined")
-        return self.store.run_row(run).state, sites
+        return self.store.run_row(run).state, sites | self.routes.names(run)
 
     # --- following the store
 

@@ -91,7 +91,8 @@ class JournalPart(Part):
             over, reason = tasks.c.round < round.oldest, f"version {number} is committed, and it would be too stale"
             if round.following() is None:
                 reason = f"version {number}, the last, is committed"
-        withdraw_where(tx, run, over, tasks.c.kind == "train", reason=reason)
+        of_rounds = tasks.c.kind.in_(["train", "relay"])
+        withdraw_where(tx, run, over, of_rounds, reason=reason)
 
     @reading
     def last_round(self, connection: sa.Connection, run: str) -> int:

@@ -21,15 +21,17 @@ from ..errors import AccessError, UnreachableError, UpdateRefused
 from ..federation.folder import storage_errors
 from ..federation.round import Answered
 from ..identity.certificates import Holder
-from ..identity.keys import UPDATE, verify
+from ..identity.keys import PARTIAL, UPDATE, verify
 from ..strategies.update import check_weight
 from ..train.start import FROM_THETA, check_cluster
 from ..wire.decode import decode
 from ..wire.frames import Frame, chunk_digest, header_digest
 from ..wire.manifest import TASK, ParsedManifest, check_chunk, check_frame, check_text, first_bad, parse_manifest
 from ..wire.messages import parse_json
-from ..wire.protocol_pb2 import Manifest, SignedManifest, UploadStatus
+from ..wire.partial import ParsedPartial, check_sum_frame, parse_partial
+from ..wire.protocol_pb2 import Manifest, Partial, SignedManifest, SignedPartial, UploadStatus
 from ..wire.refusals import Refusal, Refused
+from .access import ACTIVE
 from .blobs import Blobs
 from .frame_files import FrameFiles, FrameWriter
 from .plans import Plans, RunPlan
@@ -86,11 +88,12 @@ class Receipt:
 
 @dataclass
 class UpdateReceipt(Receipt):
-    """An update, sealed as it comes."""
+    """An update, or a region's sum of some (`members`), sealed as it comes."""
 
     sealed: SealedFile | None = None
     path: Path = Path()
     blob: str = ""
+    members: tuple[Upload, ...] = ()
 
     def write(self, index: int, chunk: memoryview) -> None:
         assert self.sealed is not None
@@ -158,21 +161,81 @@ class Receiver:
         if known is None:
             self._check(manifest, task, plan)
             self._check_time(manifest, task)
-        return self._status(self._opened(manifest, signed), manifest.frame)
+        return self._status(self._opened(manifest, signed.manifest, signed.signature), manifest.frame)
 
-    def _plan(self, manifest: ParsedManifest) -> RunPlan:
-        plan = self.plans.of(manifest.run)
+    def open_partial(self, holder: Holder, signed: SignedPartial) -> UploadStatus:
+        """A relay offers the sum of its region's updates in a round.
+
+        Raises:
+            Refused: it breaks a rule, or one of the updates in it does.
+        """
+        if not verify(holder.signing_key, PARTIAL, signed.partial, signed.signature):
+            raise Refused(
+                Refusal.BAD_SIGNATURE, "the partial sum's signature is not by the key of this relay's certificate"
+            )
+        partial = parse_partial(signed)
+        if partial.relay != holder.name:
+            raise Refused(
+                Refusal.WRONG_SITE, f"the partial sum names relay {partial.relay!r}, the certificate {holder.name!r}"
+            )
+        plan, task = self._plan(partial), self.store.task(partial.task)
+        if task is None or (task.run, task.site, task.kind) != (partial.run, partial.relay, "relay"):
+            raise Refused(Refusal.WRONG_TASK, f"no task {partial.task!r} of this run was given to this relay")
+        if task.round != partial.round:
+            raise Refused(Refusal.WRONG_TASK, f"the task is of round {task.round}, the partial sum of {partial.round}")
+        if self.store.find_upload(partial.run, partial.round, partial.relay, header_digest(signed.partial)) is None:
+            if not task.is_open:
+                raise Refused(Refusal.WRONG_TASK, f"task {partial.task!r} is over: it is {task.state}")
+            self._check_partial(partial, task, plan)
+        return self._status(self._opened(partial, signed.partial, signed.signature), partial.frame)
+
+    def _check_partial(self, partial: ParsedPartial, task: TaskRow, plan: RunPlan) -> None:
+        """Every site must be one of the region's, and have signed what would have been taken from itself."""
+        self._check_base("the partial sum", partial.base, task)
+        self.check_size("the partial sum", partial.frame)
+        chunk_bytes = plan.initial.plan.chunk_bytes
+        check_sum_frame(partial.frame, plan.layout, plan.update_channels, chunk_bytes=chunk_bytes)
+        region = plan.recipe.federation.relays.get(partial.relay, [])
+        keys = {p.name: p.signing_key for p in self.store.principals("site") if p.state == ACTIVE}
+        total = 0.0
+        for signed, manifest in partial.members:
+            if manifest.site not in region or manifest.site not in keys:
+                raise Refused(
+                    Refusal.NOT_INVITED, f"site {manifest.site!r} is none of the region of relay {partial.relay!r}"
+                )
+            try:
+                self._check_member(signed, manifest, partial, plan, keys[manifest.site])
+            except Refused as refused:
+                raise Refused(refused.code, f"the update of {manifest.site} in it: {refused.message}") from refused
+            total += weight_of(manifest, plan)
+        if total != partial.total_weight:
+            raise Refused(
+                Refusal.BAD_WEIGHT,
+                f"the partial sum is of weight {partial.total_weight:g}; its updates weigh {total:g}",
+            )
+
+    def _check_member(
+        self, signed: SignedManifest, manifest: ParsedManifest, partial: ParsedPartial, plan: RunPlan, key: bytes
+    ) -> None:
+        if not verify(key, UPDATE, signed.manifest, signed.signature):
+            raise Refused(Refusal.BAD_SIGNATURE, "the manifest's signature is not by the key of that site")
+        task = self.store.task(manifest.task)
+        answered = (manifest.run, manifest.site, "train", manifest.round)
+        if task is None or (task.run, task.site, task.kind, task.round) != answered or not task.is_open:
+            raise Refused(Refusal.WRONG_TASK, f"no open training task {manifest.task!r} was given to this site")
+        if (manifest.run, manifest.round) != (partial.run, partial.round):
+            raise Refused(Refusal.WRONG_TASK, f"it is of round {manifest.round} of run {manifest.run!r}")
+        self._check(manifest, task, plan)
+
+    def _plan(self, offer: ParsedManifest | ParsedPartial) -> RunPlan:
+        plan = self.plans.of(offer.run)
         if plan is None:
-            raise Refused(Refusal.UNKNOWN_RUN, f"there is no run {manifest.run!r}")
+            raise Refused(Refusal.UNKNOWN_RUN, f"there is no run {offer.run!r}")
         return plan
 
     def _check(self, manifest: ParsedManifest, task: TaskRow, plan: RunPlan) -> None:
         """Everything that can be known before the first byte of a tensor has come."""
-        if task.base != manifest.base:
-            raise Refused(
-                Refusal.WRONG_BASE,
-                f"the work started from global tensors {manifest.base[:16]}…, the task from {task.base[:16]}…",
-            )
+        self._check_base("the work", manifest.base, task)
         asked = json.loads(task.body)["steps"]
         if not 1 <= manifest.num_steps <= asked:  # a strategy may reckon with it, and one made up pulls at every site's
             raise Refused(
@@ -191,6 +254,12 @@ class Receiver:
         except UpdateRefused as error:
             raise Refused(Refusal.WRONG_BASE, error.message) from error
 
+    def _check_base(self, what: str, base: str, task: TaskRow) -> None:
+        if task.base != base:
+            raise Refused(
+                Refusal.WRONG_BASE, f"{what} started from global tensors {base[:16]}…, the task from {task.base[:16]}…"
+            )
+
     def _check_time(self, manifest: ParsedManifest, task: TaskRow) -> None:
         """Whether the answer still comes in time; what has been answered already, `store.open_upload` knows."""
         if task.is_open:
@@ -206,28 +275,29 @@ class Receiver:
                 raise Refused(refusal_code(round, answer), verdict.reason)
         raise Refused(Refusal.WRONG_TASK, f"task {manifest.task!r} is over: it is {task.state}")
 
-    def _opened(self, manifest: ParsedManifest, signed: SignedManifest) -> Upload:
+    def _opened(self, offer: ParsedManifest | ParsedPartial, manifest: bytes, signature: bytes) -> Upload:
         """The upload's row, and the file that its chunks go to."""
-        number, (_, wrapped) = uuid4().hex, self.vault.new_key(_context(manifest))
+        number, (_, wrapped) = uuid4().hex, self.vault.new_key(_context(offer))
         upload = self.store.open_upload(
             Upload(
                 id=number,
-                run=manifest.run,
-                round=manifest.round,
-                site=manifest.site,
-                task=manifest.task,
-                digest=header_digest(signed.manifest),
-                manifest=signed.manifest,
-                signature=signed.signature,
+                run=offer.run,
+                round=offer.round,
+                site=offer.site,
+                task=offer.task,
+                digest=header_digest(manifest),
+                manifest=manifest,
+                signature=signature,
                 data_key=wrapped,
-                blob=f"runs/{manifest.run}/updates/{manifest.round:04d}/{manifest.site}-{number}",
-            )
+                blob=f"runs/{offer.run}/updates/{offer.round:04d}/{offer.site}-{number}",
+            ),
+            offer.sites if isinstance(offer, ParsedPartial) else (),
         )
         if upload.state == "open":
-            self._receive(upload, manifest, new=upload.id == number)
+            self._receive(upload, offer, new=upload.id == number)
         return upload
 
-    def _receive(self, upload: Upload, manifest: ParsedManifest, *, new: bool) -> None:
+    def _receive(self, upload: Upload, offer: ParsedManifest | ParsedPartial, *, new: bool) -> None:
         with self._lock:
             if upload.id in self._receipts:
                 return
@@ -239,12 +309,14 @@ class Receiver:
             elif self.blobs.exists(upload.blob):  # stored by a process that was killed before it could say so
                 path = self.blobs.open_local(upload.blob)
             assert upload.data_key is not None
-            key = self.vault.unwrap(upload.data_key, _context(manifest))
-            frame = manifest.frame
+            key = self.vault.unwrap(upload.data_key, _context(offer))
+            frame = offer.frame
             sealed = SealedFile(path, key, frame.plan.chunk_bytes)
             receipt = UpdateReceipt(
                 upload.id, upload.site, upload.run, frame, sealed=sealed, path=path, blob=upload.blob
             )
+            if isinstance(offer, ParsedPartial):
+                receipt.members = tuple(_member(*member) for member in offer.members)
             receipt.lock.acquire()  # before others see it: they wait for what is found, and nobody waits for them
             self._receipts[upload.id] = receipt
         try:
@@ -369,7 +441,7 @@ class Receiver:
             receipt.sealed.sync()
             if not self.blobs.exists(receipt.blob):
                 self.blobs.put(receipt.blob, receipt.path)
-            verdict = self.store.accept_upload(receipt.id)
+            verdict = self.store.accept_upload(receipt.id, receipt.members)
             self._end(receipt)
             if not verdict.accepted:
                 self.blobs.delete(receipt.blob)
@@ -401,6 +473,17 @@ class Receiver:
         try:  # only the task's name is wanted, and the rest may be what is wrong with it
             task = decode(Manifest, signed.manifest).task
             check_text("a manifest's task", task, TASK)
+            row = self.store.reply(task, holder.name, "failed", refused.message)
+        except Refused:
+            return ""
+        return row.id if row is not None else ""
+
+    def end_refused_partial(self, holder: Holder, signed: SignedPartial, refused: Refused) -> str:
+        """A partial sum was refused, for whatever reason: the relay's task has failed, and its sites send themselves.
+        Returns its id."""
+        try:
+            task = decode(Partial, signed.partial).task
+            check_text("a partial sum's task", task, TASK)
             row = self.store.reply(task, holder.name, "failed", refused.message)
         except Refused:
             return ""
@@ -478,6 +561,22 @@ def weight_of(manifest: ParsedManifest, plan: RunPlan) -> float:
     return float(weights[plan.recipe.federation.weighting])
 
 
-def _context(manifest: ParsedManifest) -> str:
+def _context(offer: ParsedManifest | ParsedPartial) -> str:
     """What a sealed update's key is bound to."""
-    return f"{manifest.run}/{manifest.round}/{manifest.site}"
+    return f"{offer.run}/{offer.round}/{offer.site}"
+
+
+def _member(signed: SignedManifest, manifest: ParsedManifest) -> Upload:
+    """The row of an update that comes in a partial sum, if that is accepted. Nothing of its own is kept here."""
+    return Upload(
+        id=uuid4().hex,
+        run=manifest.run,
+        round=manifest.round,
+        site=manifest.site,
+        task=manifest.task,
+        digest=header_digest(signed.manifest),
+        manifest=signed.manifest,
+        signature=signed.signature,
+        data_key=None,
+        blob="",
+    )

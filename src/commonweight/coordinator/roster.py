@@ -94,6 +94,8 @@ class Roster:
                     time.sleep(min(took, _LOOK_S))
 
     def _may_begin(self, joined: int, waiting: Mapping[str, str], quiet_s: float) -> bool:
+        if quiet_s <= self.spec.patience_s and self.engine.desk.are_awaited():
+            return False
         size = self.spec.cohort.size(max(1, len(self.expected())))
         enough = joined >= (self.spec.cohort.count or 1) and self._can_answer(joined, size)
         if not waiting and (self.named or self.expected()):
@@ -125,6 +127,7 @@ class Roster:
         rows = [TaskRow(id=self._task_of(s), run=run, round=0, site=s, kind="join", body=b"{}") for s in new]
         if rows:
             self.store.add_tasks(self.engine.led.lease, rows)
+        self.engine.desk.ask(self.engine.led.lease)
         waiting = dict.fromkeys(new, "offered")
         for name, (site, state) in states.items():
             if name != self._task_of(site) or members.get(site) in ("joined", "refused"):

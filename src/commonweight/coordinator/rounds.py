@@ -7,16 +7,17 @@ that is open: it was opened in the transaction that closed the one before.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 
 from ..errors import StateError
-from ..federation.round import Answered, Committed, DeadlinePassed, Event, Failed, Phase, Round, Verdict
+from ..federation.round import ACCEPTED, Answered, Committed, DeadlinePassed, Event, Failed, Phase, Round, Verdict
 from ..federation.version import Version, parsed
 from ..wire.refusals import Refusal
 from .database import Part, Writing, found, insert_if_new, reading, writing
 from .leases import Lease, hold
-from .tables import rounds, uploads
+from .tables import rounds, tasks, uploads
 
 _ONE = sa.select(rounds).where(rounds.c.run == sa.bindparam("run"), rounds.c.number == sa.bindparam("number"))
 _LOCKED = _ONE.with_for_update(key_share=True)
@@ -137,9 +138,10 @@ def deciding(tx: Writing, run: str, round: Round) -> Round:
     return round
 
 
-def tell(tx: Writing, run: str, round: Round, event: Event) -> Verdict:
-    """Apply an event to a locked round, and write what became of it. As a version closes, the next is opened."""
-    after, verdict = round.apply(event)
+def tell(tx: Writing, run: str, round: Round, *events: Event) -> Verdict:
+    """Apply events to a locked round, all or none, and write what became of it. As a version closes, the next is
+    opened."""
+    after, verdict, _ = apply_all(round, events)
     if verdict.accepted:
         tx.execute(_CHANGE, {"its_run": run, "its_number": round.number, "state": _text(after)})
         following = after.following() if isinstance(after, Version) and after.phase is Phase.CLOSED else None
@@ -147,6 +149,16 @@ def tell(tx: Writing, run: str, round: Round, event: Event) -> Verdict:
             insert_if_new(tx, rounds, {"run": run, "number": following.number, "state": _text(following), "base": ""})
         tx.publish(f"run/{run}")
     return verdict
+
+
+def apply_all(round: Round, events: Sequence[Event]) -> tuple[Round, Verdict, int]:
+    """The round after these events; or, at the first that is refused, the verdict on it and its place."""
+    verdict = ACCEPTED
+    for place, event in enumerate(events):
+        round, verdict = round.apply(event)
+        if not verdict.accepted:
+            return round, verdict, place
+    return round, verdict, len(events)
 
 
 def refusal_code(round: Round, event: Answered | Failed) -> Refusal:
@@ -171,6 +183,7 @@ def _text(round: Round) -> str:
 
 
 def _refuse_others(tx: Writing, run: str, round: Round) -> None:
+    relayed = uploads.c.task.in_(sa.select(tasks.c.id).where(tasks.c.run == run, tasks.c.kind == "relay"))
     tx.execute(
         uploads.update()
         .where(
@@ -178,6 +191,7 @@ def _refuse_others(tx: Writing, run: str, round: Round) -> None:
             uploads.c.round == round.number,
             uploads.c.state.in_(["accepted", "open"]),
             uploads.c.site.not_in(list(round.answered)),
+            ~(relayed & (uploads.c.state == "accepted")),  # a region's sum, whose sites have all answered
         )
         .values(state="refused", code=Refusal.ROUND_CLOSED, reason=f"round {round.number} was abandoned and begun anew")
     )

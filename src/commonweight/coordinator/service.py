@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
-from ..errors import AccessError, CommonweightError, StateError, StorageError, UnreachableError
+from ..errors import AccessError, CommonweightError, StateError, StorageError
 from ..identity.certificates import Holder
-from ..wire.manifest import DIGEST, TASK
+from ..wire.manifest import DIGEST, TASK, check_text
 from ..wire.messages import check_site_message
 from ..wire.protocol_pb2 import (
     Bye,
@@ -21,42 +19,45 @@ from ..wire.protocol_pb2 import (
     Heartbeat,
     Hello,
     JobRequest,
+    RegionReply,
+    RegionRequest,
     RenewReply,
     RenewRequest,
     SignedJob,
     SignedManifest,
+    SignedPartial,
     SiteMessage,
     TaskReply,
     UploadStatus,
     Welcome,
 )
 from ..wire.refusals import Refusal, Refused
-from ..wire.service import CERTIFICATE_KEY, PROTOCOL_MAX, PROTOCOL_MIN, UPLOAD_KEY, Parcel
+from ..wire.service import CERTIFICATE_KEY, PROTOCOL_MAX, PROTOCOL_MIN, Parcel
 from .context import Context
 from .frame_files import StoredFrame
 from .hub import Stream
-from .receive import InitialReceipt, Receipt
+from .pushes import Pushes
+from .relays import sites_of
 
 _log = logging.getLogger(__name__)
 
 _STATES = {
     TaskReply.TAKEN: "taken",
+    TaskReply.HELD: "held",
     TaskReply.DONE: "done",
     TaskReply.REFUSED: "refused",
     TaskReply.FAILED: "failed",
 }
 #: a site is given this long to say hello
 _HELLO_S = 10.0
-#: transfers that one caller may have under way; each holds a chunk in memory
-_TRANSFERS = 16
 
 
-class FederationService:
+class FederationService(Pushes):
     """The services `Federation` and `Transfer`."""
 
     def __init__(self, context: Context) -> None:
-        self.here = context
-        self._transfers: Counter[str] = Counter()
+        super().__init__(context)
+        self.here: Context = context
 
     # --- attendance
 
@@ -166,7 +167,7 @@ class FederationService:
 
     def _take_reply(self, site: str, task: str, state: str, reason: str, result: bytes | None) -> None:
         store = self.here.store
-        if state == "taken":
+        if state in ("taken", "held"):
             store.reply(task, site, state, reason)
             return
         known = store.task(task)
@@ -205,58 +206,32 @@ class FederationService:
         )
         return UploadStatus(state=UploadStatus.REFUSED, code=str(refused.code), reason=refused.message)
 
-    async def Push(self, requests: AsyncIterator[Parcel], holder: Holder, context: Any) -> UploadStatus:
-        upload = dict(context.invocation_metadata() or ()).get(UPLOAD_KEY, "")
-        receiver = self.here.receiver
-        receipt = receiver.receipt(upload)
-        if receipt is None:
-            return await self.here.away(receiver.finish, upload, holder.name)
-        if receipt.sender != holder.name:
-            raise AccessError(f"upload {upload!r} is not one of {holder.name!r}")
-        with self._transfer(holder):
-            status = await self._pushed(requests, receipt)
-        outcome = {UploadStatus.ACCEPTED: "accepted", UploadStatus.REFUSED: status.code}.get(status.state)
-        if outcome is not None and not isinstance(receipt, InitialReceipt):
-            self.here.metrics.uploads.labels(outcome).inc()
-        return status
-
-    async def _pushed(self, requests: AsyncIterator[Parcel], receipt: Receipt) -> UploadStatus:
-        """Take chunks for as long as they come, then say what has become of the upload."""
-        receiver = self.here.receiver
+    async def OpenPartial(self, request: SignedPartial, holder: Holder, context: Any) -> UploadStatus:
         try:
-            while True:
-                async with self.here.lanes.one():
-                    parcel = await anext(requests, None)
-                    if parcel is None:
-                        break
-                    size = await self.here.crunch(self._take, receipt, parcel)
-                self.here.metrics.received.inc(size)
+            return await self.here.away(self.here.receiver.open_partial, holder, request)
         except Refused as refused:
-            if refused.code is Refusal.CORRUPT_CHUNK:
-                return UploadStatus(state=UploadStatus.OPEN, upload=receipt.id, missing=receipt.missing)
-            return await self.here.away(receiver.refused_push, receipt, refused)
-        return await self.here.away(receiver.finish, receipt.id, receipt.sender)
+            return await self.here.away(self._refused_partial, holder, request, refused)
 
-    def _take(self, receipt: Receipt, parcel: Parcel) -> int:
-        """Take in a chunk and let go of it. Returns the size of the message."""
-        message = parcel.take()
-        self.here.receiver.take(receipt, message)
-        return len(message)
+    def _refused_partial(self, holder: Holder, signed: SignedPartial, refused: Refused) -> UploadStatus:
+        self.here.metrics.uploads.labels(str(refused.code)).inc()
+        subject = self.here.receiver.end_refused_partial(holder, signed, refused)
+        self.here.denials.note(
+            "partial sum refused", actor=holder.name, subject=subject, code=str(refused.code), reason=refused.message
+        )
+        return UploadStatus(state=UploadStatus.REFUSED, code=str(refused.code), reason=refused.message)
 
-    @contextmanager
-    def _transfer(self, holder: Holder) -> Iterator[None]:
-        """One transfer under way.
+    async def Region(self, request: RegionRequest, holder: Holder, context: Any) -> RegionReply:
+        """For whom a relay may still wait."""
+        return await self.here.away(self._region, request.task, holder)
 
-        Raises:
-            UnreachableError: the caller has too many.
-        """
-        if self._transfers[holder.name] >= _TRANSFERS:
-            raise UnreachableError(f"{holder.name!r} has {_TRANSFERS} transfers under way; one must end", retry=True)
-        self._transfers[holder.name] += 1
-        try:
-            yield
-        finally:
-            self._transfers[holder.name] -= 1
+    def _region(self, task: str, holder: Holder) -> RegionReply:
+        check_text("a relay's task", task, TASK)
+        row = self.here.store.task(task)
+        if row is None or (row.site, row.kind) != (holder.name, "relay"):
+            raise Refused(Refusal.WRONG_TASK, f"no task {task!r} was given to this relay")
+        found = self.here.store.round_state(row.run, row.round)
+        waiting = set(found[0].waiting) if found is not None else set[str]()
+        return RegionReply(waiting=[site for site in sites_of(row) if site in waiting], over=not row.is_open)
 
     # --- global tensors
 
@@ -266,7 +241,7 @@ class FederationService:
         yield Parcel(stored.frame.header)
         if request.header_only:
             return
-        with self._transfer(holder):
+        with self.transfer(holder):
             for index in range(request.first, stored.frame.plan.num_chunks):
                 async with self.here.lanes.one():
                     yield Parcel(await self.here.crunch(stored.chunk, index))

@@ -11,9 +11,9 @@ from any thread, and block: call them from an event loop through a thread.
     leases.py    claim renew release end_leases claimable leader
     journal.py   bind commit last_round commits put_result result          StoreJournal(store, lease): the same by name
     rounds.py    open_round round_state deciding apply
-    tasks.py     add_tasks open_tasks tasks task_states open_training bases_in_use task reply withdraw
-    uploads.py   open_upload upload find_upload accept_upload refuse_upload accepted_uploads spent_uploads leftovers
-                 forget_upload
+    tasks.py     add_tasks open_tasks tasks task_states open_training bases_in_use task reply withdraw give_up
+    uploads.py   open_upload upload find_upload has_offered accept_upload refuse_upload accepted_uploads spent_uploads
+                 leftovers forget_upload
     events.py    add_events events attend seen left attending
     bus.py       store.bus.subscribe(prefix): tasks/<site> run/<id> ended/<id> events/<id> runs sites access
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -25,20 +25,45 @@ from torch import Tensor
 
 from ..federation.messages import Engine
 from ..federation.private_rounds import PrivateRounds
+from ..federation.relays import merge_partials
 from ..model.clusters import channel_of
 from ..model.tensors import Entry, Layout, NamedTensors, bytes_of
 from ..strategies.asynchronous import AsynchronousStrategy
-from ..strategies.base import ServerState, SumStrategy
+from ..strategies.base import ServerState, SumStrategy, WeightedSum
 from ..strategies.clusters.sketch import sketches_of
 from ..strategies.side_by_side import SideBySideStrategy, one_thread
 from ..strategies.update import Update
 from ..wire.frames import Channel, Piece, Plan
 from .frame_files import FrameFiles, FrameWriter, StoredFrame
-from .stored_updates import WORKERS, InFiles, StoredUpdate
+from .stored_updates import WORKERS, InFiles, StoredPartial, StoredUpdate
 from .vault import SealedFile
 
 #: strategies that can be carried out on files
 Combining = SumStrategy | AsynchronousStrategy | SideBySideStrategy
+
+
+class Stretches:
+    """Stretches of elements of a layout, as layouts of their own."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._entries: dict[torch.dtype, tuple[list[Entry], list[int]]] = {}
+        for entry in layout.entries:
+            entries, starts = self._entries.setdefault(entry.dtype, ([], []))
+            entries.append(entry)
+            starts.append(entry.offset)
+
+    def layout_of(self, piece: Piece) -> Layout:
+        """The layout of a stretch of elements: the parts of tensors that lie in it, under the tensors' names."""
+        entries, starts = self._entries[piece.dtype]
+        first = max(0, bisect_right(starts, piece.start) - 1)
+        end, parts = piece.start + piece.numel, []
+        for entry in entries[first:]:
+            if entry.offset >= end:
+                break
+            begin, stop = max(entry.offset, piece.start), min(entry.offset + entry.numel, end)
+            if stop > begin:
+                parts.append(Entry(entry.name, piece.dtype, (stop - begin,), begin - piece.start, stop - begin))
+        return Layout(tuple(parts))
 
 
 class _Announcing(Protocol):
@@ -53,22 +78,24 @@ class StoredModel:
     Args:
         initial: the digest of the frame with the initial θ.
         private: makes rounds' sums private; None: they are not.
+        relays: in the order in which their sums are merged.
     """
 
     def __init__(
-        self, strategy: Combining, files: FrameFiles, initial: str, private: PrivateRounds | None = None
+        self,
+        strategy: Combining,
+        files: FrameFiles,
+        initial: str,
+        private: PrivateRounds | None = None,
+        relays: Sequence[str] = (),
     ) -> None:
         self.strategy, self.files, self.initial, self.private = strategy, files, initial, private
+        self.relays = tuple(relays)
         plan = files.open(initial).frame.plan
         slots = strategy.slot_names
         sent = [Channel("theta"), *(Channel(name, wide=True) for name in slots if name in strategy.broadcast_channels)]
         kept = [Channel(name, wide=True) for name in slots if name not in strategy.broadcast_channels]
-        self._layout = plan.layout
-        self._entries: dict[torch.dtype, tuple[list[Entry], list[int]]] = {}
-        for entry in plan.layout.entries:
-            entries, starts = self._entries.setdefault(entry.dtype, ([], []))
-            entries.append(entry)
-            starts.append(entry.offset)
+        self._layout, self._stretches = plan.layout, Stretches(plan.layout)
         self.base_plan = Plan(plan.layout, tuple(sent), plan.chunk_bytes)
         self.slot_plan = Plan(plan.layout, tuple(kept), plan.chunk_bytes) if kept else None
         self.base, self.slots = initial, ""
@@ -98,7 +125,7 @@ class StoredModel:
         """The strategy's state before round 1, one stretch of elements after the other."""
         places = _Places(base, None, new_base, new_slots)
         for piece in base.frame.plan.pieces:
-            layout = self._layout_of(piece)
+            layout = self._stretches.layout_of(piece)
             places.put(piece, self.strategy.init(NamedTensors(layout, {piece.dtype: base.tensor(piece)})))
 
     def record(self) -> dict[str, Any]:
@@ -124,7 +151,8 @@ class StoredModel:
         self._updates.append(update)
 
     def relay(self, update: Update) -> str:
-        return ""
+        assert isinstance(update, StoredUpdate)
+        return update.partial.relay if update.partial is not None else ""
 
     def close(self, round: int) -> dict[str, Any]:
         if not self._updates:
@@ -167,24 +195,41 @@ class StoredModel:
             with InFiles(self._layout, self._updates, places.frames) as table, one_thread():
                 self.strategy.merge(table)
             return
-        strategy, sealed = self.strategy, [update.open() for update in self._updates]
+        strategy = self.strategy
+        alone = [(update, update.open()) for update in self._updates if update.partial is None]
+        regions = self._regions()
         pieces = [piece for piece in self.base_plan.pieces if piece.channel == "theta"]
         try:
             if len(pieces) == 1:
-                self._step(strategy, pieces[0], places, sealed)
+                self._step(strategy, pieces[0], places, alone, regions)
                 return
             with ThreadPoolExecutor(WORKERS) as pool:
-                for _ in pool.map(lambda piece: self._step(strategy, piece, places, sealed), pieces):
+                for _ in pool.map(lambda piece: self._step(strategy, piece, places, alone, regions), pieces):
                     pass
         finally:
-            for file in sealed:
+            for file in [*(file for _, file in alone), *(region.file for region in regions)]:
                 file.close()
 
+    def _regions(self) -> list[_Region]:
+        """The sums of relays, in the order in which they are merged."""
+        found = {update.partial.relay: update.partial for update in self._updates if update.partial is not None}
+        by_site = {update.site: update for update in self._updates}
+        return [
+            _Region(found[relay], [by_site[site] for site in found[relay].sites], found[relay].open())
+            for relay in self.relays
+            if relay in found
+        ]
+
     def _step(
-        self, strategy: SumStrategy | AsynchronousStrategy, piece: Piece, places: _Places, sealed: list[SealedFile]
+        self,
+        strategy: SumStrategy | AsynchronousStrategy,
+        piece: Piece,
+        places: _Places,
+        alone: Sequence[tuple[StoredUpdate, SealedFile]],
+        regions: Sequence[_Region],
     ) -> None:
         """The strategy's whole round, on one stretch of elements."""
-        layout = self._layout_of(piece)
+        layout = self._stretches.layout_of(piece)
         theta = places.base.tensor(piece)
         slots = {name: places.read(name, piece) for name in strategy.slot_names}
         state = ServerState(
@@ -194,8 +239,9 @@ class StoredModel:
         )
         if piece.dtype.is_floating_point:
             fold = strategy.open(state)
-            for update, file in zip(self._updates, sealed, strict=True):
-                fold.add(self._kept(update, _stretch(update, file, piece, layout), piece))
+            for update, file in alone:
+                fold.add(self._kept(update, stretch_of(update, file, piece, layout), piece))
+            merge_partials(fold, (region.fold(strategy, state, piece, layout) for region in regions))
             state = strategy.close(state, fold)
         places.put(piece, state)
 
@@ -207,19 +253,6 @@ class StoredModel:
         theta = self.files.open(update.base).tensor(piece)
         return self.strategy.kept(NamedTensors(stretch.delta.layout, {piece.dtype: theta}), stretch)
 
-    def _layout_of(self, piece: Piece) -> Layout:
-        """The layout of a stretch of elements: the parts of tensors that lie in it, under the tensors' names."""
-        entries, starts = self._entries[piece.dtype]
-        first = max(0, bisect_right(starts, piece.start) - 1)
-        end, parts = piece.start + piece.numel, []
-        for entry in entries[first:]:
-            if entry.offset >= end:
-                break
-            begin, stop = max(entry.offset, piece.start), min(entry.offset + entry.numel, end)
-            if stop > begin:
-                parts.append(Entry(entry.name, piece.dtype, (stop - begin,), begin - piece.start, stop - begin))
-        return Layout(tuple(parts))
-
     def digest(self, cluster: int = 0) -> str:
         """`NamedTensors.digest` of a cluster's model in the layout's own dtypes, read chunk by chunk."""
         base, sha = self.files.open(self.base), hashlib.sha256(self._layout.digest.encode())
@@ -227,6 +260,28 @@ class StoredModel:
             if piece.channel == channel_of(cluster):
                 sha.update(bytes_of(base.tensor(piece).to(piece.dtype)))
         return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Region:
+    """A region's sum, and what its sites said of the updates in it."""
+
+    partial: StoredPartial
+    updates: Sequence[StoredUpdate]
+    file: SealedFile
+
+    def fold(
+        self, strategy: SumStrategy | AsynchronousStrategy, state: ServerState, piece: Piece, layout: Layout
+    ) -> WeightedSum:
+        """One stretch of the sum, as the fold that the relay made."""
+        fold, pieces = strategy.open(state), self.partial.frame.plan.pieces
+        for update in self.updates:
+            fold.count(update)
+        for channel, sums in fold.sums.items():
+            for part in pieces.over(channel, piece.dtype, piece.start, piece.start + piece.numel):
+                start = part.start - piece.start
+                self.partial.read(self.file, part, sums.flats[piece.dtype][start : start + part.numel])
+        return fold
 
 
 class _Places:
@@ -262,7 +317,7 @@ class _Places:
             writer.write(part.index, bytes_of(values[start : start + part.numel]))
 
 
-def _stretch(update: StoredUpdate, sealed: SealedFile, piece: Piece, layout: Layout) -> Update:
+def stretch_of(update: StoredUpdate, sealed: SealedFile, piece: Piece, layout: Layout) -> Update:
     """One stretch of an update, decrypted."""
     assert update.frame is not None
     channels = {}

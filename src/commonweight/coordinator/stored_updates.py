@@ -25,20 +25,17 @@ from .vault import SealedFile
 WORKERS = min(2, os.cpu_count() or 1)
 
 
-@dataclass(frozen=True)
-class StoredUpdate(Update):
-    """An accepted update whose tensors are in a sealed file; `channels` is empty.
+class Sealed:
+    """Tensors that lie in a sealed file (`frame`, `path`, `key`)."""
 
-    Args:
-        frame: where each chunk belongs.
-        path, key: the sealed file.
-        base: the digest of the frame that its site started from.
-    """
+    frame: Frame | None
+    path: Path | None
+    key: bytes
 
-    frame: Frame | None = None
-    path: Path | None = None
-    key: bytes = b""
-    base: str = ""
+    @property
+    def what(self) -> str:
+        """What it is, for a message."""
+        raise NotImplementedError
 
     def open(self) -> SealedFile:
         assert self.path is not None
@@ -54,9 +51,52 @@ class StoredUpdate(Update):
         into = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
         if sealed.read_into(piece.index, into) != piece.num_bytes:
             raise StateError(
-                f"the update of site {self.site!r} for round {self.round} is damaged on this coordinator's disk",
+                f"{self.what} is damaged on this coordinator's disk",
                 hint="restore the blob store from a copy; the last committed round is untouched",
             )
+
+
+@dataclass(frozen=True)
+class StoredPartial(Sealed):
+    """The accepted sum of a region's updates.
+
+    Args:
+        sites: whose updates are in it, in the order in which they were added up.
+        frame: where each chunk belongs.
+        path, key: the sealed file.
+    """
+
+    relay: str
+    sites: tuple[str, ...]
+    frame: Frame
+    path: Path
+    key: bytes
+
+    @property
+    def what(self) -> str:
+        return f"the sum of relay {self.relay!r}"
+
+
+@dataclass(frozen=True)
+class StoredUpdate(Sealed, Update):
+    """An accepted update whose tensors are in a sealed file; `channels` is empty.
+
+    Args:
+        frame: where each chunk belongs.
+        path, key: the sealed file.
+        base: the digest of the frame that its site started from.
+        partial: the region's sum in which it came, in place of a file of its own.
+    """
+
+    frame: Frame | None = None
+    path: Path | None = None
+    key: bytes = b""
+    base: str = ""
+    partial: StoredPartial | None = None
+
+    @property
+    def what(self) -> str:
+        return f"the update of site {self.site!r} for round {self.round}"
 
 
 class InFiles(SideBySide):

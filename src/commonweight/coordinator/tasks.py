@@ -1,6 +1,6 @@
 """Tasks: what sites are asked to do, and what became of it.
 
-offered ──► taken ──► done | refused | failed          (any open one) ──► withdrawn
+offered ──► taken ──► (held by a relay) ──► done | refused | failed          (any open one) ──► withdrawn
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .database import Part, Writing, reading, writing
 from .leases import Lease, hold
 from .tables import tasks, uploads
 
-OPEN = ("offered", "taken")
-REPLIES = ("taken", "done", "refused", "failed")
+OPEN = ("offered", "taken", "held")
+REPLIES = ("taken", "held", "done", "refused", "failed")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TaskRow:
         body: JSON.
         base: hex digest of the frame to start from; empty for join.
         deadline_at: seconds since the epoch; None: none.
-        state: offered, taken, done, refused, failed or withdrawn; `reason` says why.
+        state: offered, taken, held, done, refused, failed or withdrawn; `reason` says why.
         result: JSON, once it is done.
         offered_at: set by the store.
     """
@@ -125,7 +125,7 @@ class TasksPart(Part):
     def reply(
         self, tx: Writing, task: str, site: str, state: str, reason: str = "", result: bytes | None = None
     ) -> TaskRow | None:
-        """What a site says of a task: `taken`, `done`, `refused` or `failed`. Returns the task as it now is; one that
+        """What a site says of a task: one of `REPLIES`. Returns the task as it now is; one that
         has ended stays as it is, so that a reply may be repeated. None: there is no such task.
 
         Raises:
@@ -152,6 +152,17 @@ class TasksPart(Part):
         """
         hold(tx, lease)
         return withdraw_where(tx, lease.run, tasks.c.id.in_(list(ids)), reason=reason)
+
+    @writing
+    def give_up(self, tx: Writing, lease: Lease, task: str, sites: Iterable[str], reason: str) -> None:
+        """A relay's task has ended or ends now without its sum: its sites are told to send to the coordinator.
+
+        Raises:
+            LeaseLost: the run is another's by now.
+        """
+        hold(tx, lease)
+        withdraw_where(tx, lease.run, tasks.c.id == task, reason=reason)
+        tx.publish(*(f"tasks/{site}" for site in sites))
 
 
 def withdraw_where(tx: Writing, run: str, *conditions: sa.ColumnElement[bool], reason: str) -> list[str]:

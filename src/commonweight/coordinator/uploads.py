@@ -10,7 +10,7 @@ deleted.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..federation.version import Version
 from ..wire.refusals import Refusal, Refused
 from .audit import append
 from .database import Part, Writing, found, reading, writing
-from .rounds import deciding, locked, locked_by_upload, refusal_code, tell
+from .rounds import apply_all, deciding, locked, locked_by_upload, refusal_code, tell
 from .runs import ENDED
 from .tables import runs, uploads
 from .tasks import end_task
@@ -42,7 +42,7 @@ class Upload:
         digest: hex SHA-256 of the manifest.
         manifest, signature: as the site sent them.
         data_key: the key of the data at rest, wrapped; None once it is forgotten.
-        blob: where the data are; empty once they are deleted.
+        blob: where the data are; empty once they are deleted, and of an update that came in a relay's sum.
         state: open, accepted, refused or spent; `code` (wire/refusals.py) and `reason` say why it was refused.
         opened_at: set by the store.
     """
@@ -102,8 +102,11 @@ class UploadsPart(Part):
     """Uploads in the store. Topic: `run/<id>`."""
 
     @writing
-    def open_upload(self, tx: Writing, upload: Upload) -> Upload:
+    def open_upload(self, tx: Writing, upload: Upload, sites: Sequence[str] = ()) -> Upload:
         """Begin an upload, or find the one with this manifest, in whatever state it is.
+
+        Args:
+            sites: whose updates are in it, if it is a region's sum.
 
         Raises:
             Refused: `unknown-run`, `run-ended`; `replayed`: another update of this site counts in the round;
@@ -129,10 +132,10 @@ class UploadsPart(Part):
             )
         if state in ENDED:
             raise Refused(Refusal.RUN_ENDED, f"run {upload.run!r} is {state}")
-        answer = Answered(upload.site, upload.round)
-        _, verdict = round.apply(answer)
+        answers = [Answered(site, upload.round) for site in sites or (upload.site,)]
+        _, verdict, place = apply_all(round, answers)
         if not verdict.accepted:
-            raise Refused(refusal_code(round, answer), verdict.reason)
+            raise Refused(refusal_code(round, answers[place]), verdict.reason)
         opened = replace(upload, state="open", code="", reason="", opened_at=tx.now)
         tx.execute(uploads.insert(), vars(opened))
         return opened
@@ -149,10 +152,20 @@ class UploadsPart(Part):
         rows = _rows(connection.execute(query, {"run": run, "round": round, "site": site}))
         return rows[0] if rows else None
 
+    @reading
+    def has_offered(self, connection: sa.Connection, run: str, round: int, site: str) -> bool:
+        """Whether a site, or a relay, has begun an upload for a round."""
+        values = {"run": run, "round": round, "site": site}
+        return connection.execute(_OF_SITE, values).first() is not None
+
     @writing
-    def accept_upload(self, tx: Writing, upload_id: str) -> Verdict:
+    def accept_upload(self, tx: Writing, upload_id: str, members: Sequence[Upload] = ()) -> Verdict:
         """The data have arrived and were checked: let the round decide. If it takes the answer, the upload counts from
         this instant and its task is done; if not, the upload is refused. Asking again gives the same verdict.
+
+        Args:
+            members: the updates that are in it, if it is a region's sum. They count with it, all or none, and their
+                tasks are done.
 
         Raises:
             StateError: there is no such upload.
@@ -165,14 +178,20 @@ class UploadsPart(Part):
             return _refuse(tx, upload, Refusal.RUN_ENDED, f"run {upload.run!r} is {run_state}")
         if isinstance(round, Version) and _one_counts(tx, upload):  # perhaps in an earlier version's buffer
             return _refuse(tx, upload, Refusal.REPLAYED, _replayed(upload))
-        answer = Answered(upload.site, upload.round)
-        verdict = tell(tx, upload.run, round, answer)
+        answers = [Answered(site, upload.round) for site in [m.site for m in members] or [upload.site]]
+        _, verdict, place = apply_all(round, answers)
         if not verdict.accepted:
-            return _refuse(tx, upload, refusal_code(round, answer), verdict.reason)
+            return _refuse(tx, upload, refusal_code(round, answers[place]), verdict.reason)
+        tell(tx, upload.run, round, *answers)
         tx.execute(_END, {"upload": upload.id, "to": "accepted", "its_code": "", "why": ""})
         end_task(tx, upload.task, upload.site, "done")
-        details = {"round": upload.round, "manifest": upload.digest}
-        append(tx, "update accepted", actor=upload.site, subject=upload.run, **details)
+        details: dict[str, Any] = {"round": upload.round, "manifest": upload.digest}
+        if not members:
+            append(tx, "update accepted", actor=upload.site, subject=upload.run, **details)
+            return verdict
+        for member in members:
+            _count_member(tx, member, upload.site)
+        append(tx, "partial sum accepted", actor=upload.site, subject=upload.run, **details, sites=len(members))
         return verdict
 
     @writing
@@ -267,6 +286,19 @@ def _refuse(tx: Writing, upload: Upload, code: Refusal, reason: str) -> Verdict:
     append(tx, "update refused", actor=upload.site, subject=upload.run, **details)
     tx.publish(f"run/{upload.run}")
     return Verdict(False, reason)
+
+
+def _count_member(tx: Writing, member: Upload, relay: str) -> None:
+    """An update that came in a relay's sum. Its site may have begun to send it here as well: then that row counts, and
+    what came of it is of no use."""
+    key = (uploads.c.run == member.run, uploads.c.round == member.round, uploads.c.site == member.site)
+    change = uploads.update().where(*key, uploads.c.digest == member.digest)
+    if not tx.execute(change.values(state="accepted", code="", reason="")).rowcount:
+        tx.execute(uploads.insert(), vars(replace(member, state="accepted", opened_at=tx.now)))
+    end_task(tx, member.task, member.site, "done")
+    tx.publish(f"tasks/{member.site}")  # it waits to be told
+    details = {"round": member.round, "manifest": member.digest, "relay": relay}
+    append(tx, "update accepted", actor=member.site, subject=member.run, **details)
 
 
 def _rows(result: sa.CursorResult[Any]) -> list[Upload]:

@@ -11,11 +11,8 @@ after a resume, and in a network whose relays all delivered.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
-from ..data.names import listed
-from ..errors import RecipeError
-from ..recipe.schema import FederationSpec
 from ..strategies.base import Fold, WeightedSum
 
 
@@ -26,13 +23,3 @@ def merge_partials(whole: Fold, partials: Iterable[Fold]) -> None:
         assert isinstance(whole, WeightedSum)
         assert isinstance(partial, WeightedSum)
         whole.merge(partial)
-
-
-def check_relays(sites: Collection[str], spec: FederationSpec) -> None:
-    """Raises RecipeError: `federation.relays` names a site that there is not."""
-    unknown = next((site for site in spec.relay_of if site not in sites), None)
-    if unknown is not None:
-        raise RecipeError(
-            f"federation.relays names the site {unknown!r}, which is none of the {len(sites)}: {listed(sites)}",
-            hint="correct its name, or take it out of its relay's list",
-        )

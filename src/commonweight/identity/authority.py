@@ -6,6 +6,7 @@ authority.pem   its certificate, which every site and user trusts
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import math
 import re
@@ -32,10 +33,16 @@ from .certificates import (
     save_tls_key,
 )
 from .keys import present, private_folder, read_public, write_public
-from .roles import COORDINATOR, check_name, check_role
+from .roles import COORDINATOR, RELAY, SERVERS, check_name, check_role
 
 #: the name that every coordinator's certificate bears, and no other's (tls.py)
 TARGET_NAME = "coordinator.commonweight"
+
+
+def relay_target(name: str) -> str:
+    """The DNS name that a relay's certificate has, and no other: of a hash, for not every name can be one."""
+    return f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.relay.commonweight"
+
 
 CERTIFICATE_HOURS = 24.0
 AUTHORITY_YEARS = 10
@@ -130,7 +137,7 @@ class Authority:
         begin = _moment(now)
         end = self._end(begin, hours)
         uses = [ExtendedKeyUsageOID.CLIENT_AUTH]
-        if role == COORDINATOR:
+        if role in SERVERS:
             uses.append(ExtendedKeyUsageOID.SERVER_AUTH)
         builder = (
             _builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), self._certificate.subject, key)
@@ -213,6 +220,8 @@ def _names(name: str, role: str, signing_key: bytes, hosts: Sequence[str]) -> li
     if role == COORDINATOR:
         names.append(x509.DNSName(TARGET_NAME))
         names.extend(_host(host) for host in dict.fromkeys(hosts) if host != TARGET_NAME)
+    if role == RELAY:
+        names.append(x509.DNSName(relay_target(name)))
     return names
 
 

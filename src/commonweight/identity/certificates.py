@@ -24,7 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from ..errors import AccessError
 from .keys import private_key_from_pem, private_pem, read_private, write_private
-from .roles import COORDINATOR, NAME, ROLES
+from .roles import NAME, ROLES, SERVERS
 
 #: a clock may be behind the authority's by this much (seconds)
 CLOCK_SKEW_S = 300.0
@@ -318,9 +318,9 @@ def _when(t: float) -> str:
 
 
 def _check_use(certificate: x509.Certificate, holder: Holder, what: str) -> None:
-    """TLS client for sites and users, TLS client and server for coordinators; never an authority."""
+    """TLS client for sites and users, TLS client and server for coordinators and relays; never an authority."""
     wanted = {ExtendedKeyUsageOID.CLIENT_AUTH}
-    if holder.role == COORDINATOR:
+    if holder.role in SERVERS:
         wanted.add(ExtendedKeyUsageOID.SERVER_AUTH)
     try:
         extensions = certificate.extensions

@@ -29,10 +29,11 @@ from ..errors import AccessError, StorageError
 #: domain lines: what a signature is for
 UPDATE = b"commonweight update 1\n"
 JOB = b"commonweight job 1\n"
+PARTIAL = b"commonweight partial 1\n"
 AUDIT = b"commonweight audit 1\n"
 ENROL = b"commonweight enrol 1\n"
 
-DOMAINS = frozenset({UPDATE, JOB, AUDIT, ENROL})
+DOMAINS = frozenset({UPDATE, JOB, PARTIAL, AUDIT, ENROL})
 
 #: no file of an identity comes near this
 _MOST_BYTES = 1 << 16

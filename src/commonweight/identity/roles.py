@@ -11,12 +11,13 @@ from types import MappingProxyType
 
 from ..errors import AccessError
 
-SITE, LEAD, ADMIN, AUDITOR, COORDINATOR = ROLES = ("site", "lead", "admin", "auditor", "coordinator")
+SITE, RELAY, LEAD, ADMIN, AUDITOR, COORDINATOR = ROLES = ("site", "relay", "lead", "admin", "auditor", "coordinator")
 
 #: what each role is for, in a line
 MEANING: Mapping[str, str] = MappingProxyType(
     {
         SITE: "holds data: takes tasks, sends updates",
+        RELAY: "adds up the updates of a region's sites, and sends the sum",
         LEAD: "submits runs, follows them, takes their results",
         ADMIN: "looks after the coordinator: sees and cancels runs, reads the audit",
         AUDITOR: "reads: runs, their results, the audit; changes nothing",
@@ -24,17 +25,24 @@ MEANING: Mapping[str, str] = MappingProxyType(
     }
 )
 
+#: who serve at an end of TLS
+SERVERS = frozenset({COORDINATOR, RELAY})
+#: whose signature on a job counts
+SIGNING_ROLES = (LEAD, ADMIN)
+
 _USERS = frozenset({LEAD, ADMIN, AUDITOR})
 
 #: the roles that may call each method; Enrolment is not here, for its callers have no certificate yet
 MAY: Mapping[str, frozenset[str]] = MappingProxyType(
     {
-        "Federation/Attend": frozenset({SITE}),
-        "Federation/GetJob": frozenset({SITE}),
+        "Federation/Attend": frozenset({SITE, RELAY}),
+        "Federation/GetJob": frozenset({SITE, RELAY}),
         "Federation/OpenUpload": frozenset({SITE}),
-        "Federation/Renew": frozenset({SITE}),
+        "Federation/OpenPartial": frozenset({RELAY}),
+        "Federation/Region": frozenset({RELAY}),
+        "Federation/Renew": frozenset({SITE, RELAY}),
         "Transfer/Fetch": frozenset({SITE}) | _USERS,
-        "Transfer/Push": frozenset({SITE, LEAD}),
+        "Transfer/Push": frozenset({SITE, RELAY, LEAD}),
         "Control/Submit": frozenset({LEAD}),
         "Control/ListRuns": _USERS,
         "Control/GetRun": _USERS,

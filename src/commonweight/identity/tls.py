@@ -9,7 +9,8 @@ only a way to it, and proves nothing. What proves it is `TARGET_NAME`, a DNS nam
 coordinator's certificate and into no other, and that clients demand of whom they reach (`TARGET_OPTIONS`; it also
 travels as SNI). An enrolled site that poses as the coordinator fails twice: its certificate lacks the name, and is not
 for use by a TLS server. So whoever listens at the address needs a coordinator's key, whatever DNS says. gRPC-Python
-lets a client see no more of the other's certificate than this.
+lets a client see no more of the other's certificate than this. Likewise a relay's certificate has a DNS name made from
+its own name (`relay_options`): a site that is to send to one reaches that one or nobody.
 
 **Which version.** gRPC-Python cannot be told a lowest version of TLS: left alone, it would speak 1.2 too. But it takes
 the list of TLS 1.2's cipher suites from the environment, when it is loaded; TLS 1.3's are not on that list. The one
@@ -37,7 +38,7 @@ if "grpc" not in sys.modules:
 import grpc  # noqa: E402
 
 from ..errors import AccessError, CommonweightError, UnreachableError  # noqa: E402
-from .authority import TARGET_NAME  # noqa: E402
+from .authority import TARGET_NAME, relay_target  # noqa: E402
 from .certificates import (  # noqa: E402
     Holder,
     certificate_key,
@@ -53,6 +54,12 @@ log = logging.getLogger(__name__)
 
 #: what clients set on their channels besides the credentials
 TARGET_OPTIONS = (("grpc.ssl_target_name_override", TARGET_NAME),)
+
+
+def relay_options(name: str) -> tuple[tuple[str, str], ...]:
+    """What a site sets on a channel to the relay of this name, in place of `TARGET_OPTIONS`."""
+    return (("grpc.ssl_target_name_override", relay_target(name)),)
+
 
 #: the code points that gRPC may offer: `SUITE`, and TLS 1.3's own (RFC 8446, B.4)
 _ALLOWED = frozenset({0xC030, 0x1301, 0x1302, 0x1303, 0x1304, 0x1305})
@@ -129,26 +136,27 @@ def _suites(stream: IO[bytes]) -> list[int]:
 
 
 def server_credentials(
-    read: Callable[[], ServerIdentity | IdentityFolder], *, every_s: float = 1.0
+    read: Callable[[], ServerIdentity | IdentityFolder], *, every_s: float = 1.0, role: str = COORDINATOR
 ) -> grpc.ServerCredentials:
     """Mutual TLS: callers must show a certificate of the authority, good at that time, for use by a TLS client.
 
     Args:
-        read: reads the coordinator's identity; asked again at handshakes, so that a renewed certificate counts for
+        read: reads the server's identity; asked again at handshakes, so that a renewed certificate counts for
             the connections that follow. When it fails later on, that is logged, and the last identity stays.
         every_s: it is asked at most this often (seconds).
+        role: the server's, coordinator or relay.
 
     Raises:
-        AccessError: the identity is no coordinator's or not good, or TLS 1.3 cannot be enforced.
+        AccessError: the identity is of another role or not good, or TLS 1.3 cannot be enforced.
     """
-    return _server_credentials(read, every_s, clients_show_certificates=True)
+    return _server_credentials(read, every_s, role, clients_show_certificates=True)
 
 
 def enrolment_credentials(
     read: Callable[[], ServerIdentity | IdentityFolder], *, every_s: float = 1.0
 ) -> grpc.ServerCredentials:
     """TLS by the coordinator's certificate alone, for callers who have none yet. Arguments as `server_credentials`."""
-    return _server_credentials(read, every_s, clients_show_certificates=False)
+    return _server_credentials(read, every_s, COORDINATOR, clients_show_certificates=False)
 
 
 def channel_credentials(identity: ServerIdentity | IdentityFolder) -> grpc.ChannelCredentials:
@@ -199,21 +207,21 @@ def peer(context: CallContext, *, at: float | None = None) -> Holder:
 
 
 def _server_credentials(
-    read: Callable[[], ServerIdentity | IdentityFolder], every_s: float, *, clients_show_certificates: bool
+    read: Callable[[], ServerIdentity | IdentityFolder], every_s: float, role: str, *, clients_show_certificates: bool
 ) -> grpc.ServerCredentials:
     enforce_tls13()
-    reader = _Reader(read, every_s)
+    reader = _Reader(read, every_s, role)
     again = cast(Callable[[], grpc.ServerCertificateConfiguration], reader.again)  # its stubs forget that None is good
     return grpc.dynamic_ssl_server_credentials(reader.first, again, clients_show_certificates)
 
 
 class _Reader:
-    """Reads the coordinator's identity at first, and again when a handshake asks and it has changed."""
+    """Reads the server's identity at first, and again when a handshake asks and it has changed."""
 
-    def __init__(self, read: Callable[[], ServerIdentity | IdentityFolder], every_s: float) -> None:
-        self._read = read
+    def __init__(self, read: Callable[[], ServerIdentity | IdentityFolder], every_s: float, role: str) -> None:
+        self._read, self._role = read, role
         self._every_s = every_s
-        self._known = _parts(_checked(read(), role=COORDINATOR))
+        self._known = _parts(_checked(read(), role=role))
         self._read_at = time.monotonic()
         self.first = self._configuration()
 
@@ -223,9 +231,9 @@ class _Reader:
             return None
         self._read_at = time.monotonic()
         try:
-            parts = _parts(_checked(self._read(), role=COORDINATOR))
+            parts = _parts(_checked(self._read(), role=self._role))
         except (CommonweightError, OSError) as error:
-            log.warning("the coordinator's certificate could not be read again, the last one stays: %s", error)
+            log.warning("the server's certificate could not be read again, the last one stays: %s", error)
             return None
         if parts == self._known:
             return None

@@ -90,6 +90,7 @@ def prepare(
         require_sites(recipe.training.budget, sites, "training.budget")
         require_sites(recipe.model.adapter.sites, sites, "model.adapter.sites")
         require_sites(recipe.model.adapter.budget, sites, "model.adapter.budget")
+        require_sites(recipe.federation.relay_of, sites, "federation.relays")
     bench = model_bench(recipe)
     tensors = {"theta": bench.theta}
     frame = frame_of(tensors, plan_for(bench.theta.layout, (Channel("theta"),), chunk_bytes))

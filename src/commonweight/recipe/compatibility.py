@@ -120,11 +120,6 @@ def check_pairings(recipe: Recipe, *, network: bool) -> None:
     Raises:
         RecipeError: a cell of the table says no; the sentence says why, and what would work.
     """
-    if network and recipe.federation.relays:
-        raise RecipeError(
-            "federation.relays is for simulations: over a network every site sends to the coordinator itself",
-            hint="leave federation.relays out, or carry the recipe out by `commonweight run`",
-        )
     name = recipe.federation.strategy.name
     strategy = resolve("strategy", name)
     for feature in FEATURES:

@@ -36,6 +36,7 @@ from ..wire.messages import JSON_BYTES, parse_json
 from ..wire.refusals import Refused
 from ..wire.service import PROTOCOL_MAX, PROTOCOL_MIN
 from .audit import SiteAudit
+from .door import Door, RelayGone
 from .gate import ANSWERS, STATES, Alarm, Gate, KnownJob, task_of
 from .inbox import Inbox
 from .link import Backoff, Link, OpenChannel, Session, calling, dial
@@ -44,7 +45,7 @@ from .outbox import Outbox, Parcel
 from .policy import PolicyFile
 from .records import SiteRecords
 from .settings import SiteSettings
-from .transfer import Transfer
+from .transfer import Leaving, Transfer
 from .workshop import Work, Workshop, reason_for_others
 
 #: work that took longer is kept on disk before it is sent; cheaper work is done again
@@ -66,6 +67,8 @@ class _Item:
         cancelled: nobody wants it any more, or the agent stops.
         withdrawn: the coordinator wants it no more.
         settling: nothing is left to do but to hear or tell how it ended.
+        held: a relay has its update.
+        news: of its update, which a relay has or is given: it counts, or goes to the coordinator.
         parked: waits for a person, until the next heartbeat.
         note: how it is going, for the coordinator.
     """
@@ -75,6 +78,8 @@ class _Item:
     cancelled: bool = False
     withdrawn: bool = False
     settling: bool = False
+    held: bool = False
+    news: asyncio.Event = field(default_factory=asyncio.Event)
     parked: bool = False
     asked: bool = False
     note: str = ""
@@ -211,6 +216,9 @@ class Agent:
     def _dial(self) -> Any:
         return dial(self.identity, self.settings.address)
 
+    def _dial_relay(self, address: str, relay: str) -> Any:
+        return dial(self.identity, address, relay=relay)
+
     # ---- what the link asks and tells (`link.Attendant`)
 
     def hello(self) -> pb.Hello:
@@ -227,6 +235,12 @@ class Agent:
         self._note_head(session.welcome.audit_head)
         for answer in list(self._hand.answers.values()):
             self._do(self._deliver(answer))
+        for item in self._hand.items.values():
+            if item.held:
+                self._tell_held(item)
+
+    def _tell_held(self, item: _Item) -> None:
+        self.link.send(pb.SiteMessage(reply=pb.TaskReply(task=item.task.id, state=pb.TaskReply.HELD)))
 
     def heard(self, message: pb.CoordinatorMessage) -> None:
         match message.WhichOneof("body"):
@@ -257,7 +271,12 @@ class Agent:
     # ---- tasks come and go
 
     def _offered(self, task: pb.Task) -> None:
-        if task.id in self._hand.items:
+        item = self._hand.items.get(task.id)
+        if item is not None:
+            if item.task.relay and not task.relay:
+                self.log("relay.given_up", task=task.id, run=task.run, round=task.round, relay=item.task.relay)
+                item.task = task
+                item.news.set()
             return
         if task.id in self._hand.answers:
             self._do(self._deliver(self._hand.answers[task.id]))
@@ -270,6 +289,8 @@ class Agent:
         self._hand.answers.pop(task, None)
         item = self._hand.items.get(task)
         if item is None or item.withdrawn or item.settling:  # one that is as good as over ends by itself
+            if item is not None:
+                item.news.set()
             return
         self.log("task.withdrawn", task=task, run=item.task.run, reason=reason)
         item.withdrawn = item.cancelled = True
@@ -431,7 +452,7 @@ class Agent:
             base = await self._base(item, known)
             parcel = await self._do_work(item, lambda: self._trained(item, known, body, base))
         item.note = "sending the update"
-        await self._push(item, parcel)
+        await self._push(item, known, parcel)
 
     def _trained(self, item: _Item, known: KnownJob, body: Any, base: Mapping[str, NamedTensors]) -> Parcel:
         """Train, and put the update on disk if it was dear. Blocks for as long as training takes."""
@@ -471,20 +492,16 @@ class Agent:
         )
         return Parcel(manifest.SerializeToString(deterministic=True), frame, work.channels)
 
-    async def _push(self, item: _Item, parcel: Parcel) -> None:
-        task, digest = item.task, parcel.frame.digest
-
-        async def leaving(num_bytes: int, chunks: int) -> None:
-            await asyncio.to_thread(
-                lambda: self.gate.leaving(
-                    task.run, task.round, "update", num_bytes=num_bytes, chunks=chunks, digest=digest, task=task.id
-                )
-            )
-
+    async def _push(self, item: _Item, known: KnownJob, parcel: Parcel) -> None:
+        task = item.task
         signature = self.identity.signing_key.sign(UPDATE, parcel.manifest)
         signed = pb.SignedManifest(manifest=parcel.manifest, signature=signature)
         try:
-            status = await self.transfer.push(signed, parcel, leaving, settling=item.settle)
+            relay = await asyncio.to_thread(self.gate.relay_for, known, task)
+            if relay:
+                await self._push_to_relay(item, known, relay, signed, parcel)
+            leaving = self._leaving(task, parcel, "")
+            status = await self.transfer.push(signed, parcel, leaving, settling=item.settle, may_be_there=bool(relay))
         except (CommonweightError, OSError):
             await asyncio.to_thread(self.outbox.delete, task.run, task.id)
             raise
@@ -497,6 +514,66 @@ class Agent:
             await asyncio.to_thread(lambda: self.gate.note("update refused", **fields, reason=status.reason))
             await self._end(item, "failed", reason=f"{status.code}: {status.reason}")
         await asyncio.to_thread(self.outbox.delete, task.run, task.id)
+
+    def _leaving(self, task: pb.Task, parcel: Parcel, to: str) -> Leaving:
+        """What is told before bytes of an update leave. `to`: who gets them; by default the coordinator."""
+
+        async def leaving(num_bytes: int, chunks: int) -> None:
+            await asyncio.to_thread(
+                lambda: self.gate.leaving(
+                    task.run,
+                    task.round,
+                    "update",
+                    num_bytes=num_bytes,
+                    chunks=chunks,
+                    digest=parcel.frame.digest,
+                    task=task.id,
+                    to=to,
+                )
+            )
+
+        return leaving
+
+    async def _push_to_relay(
+        self, item: _Item, known: KnownJob, relay: str, signed: pb.SignedManifest, parcel: Parcel
+    ) -> None:
+        """Give an update to a relay, and wait until the coordinator says what became of it. If the relay cannot be
+        reached or will not take it, there is nothing to wait for. The update stays in the outbox meanwhile.
+
+        Raises:
+            PolicyError, StorageError: it may not leave, or that cannot be written down.
+        """
+        task, fields = item.task, {"task": item.task.id, "run": item.task.run, "round": item.task.round, "relay": relay}
+        address = task.relay_address
+        door = Door(
+            lambda: self._dial_relay(address, relay),
+            patience_s=known.federation.patience_s,
+            is_given_up=item.news.is_set,
+        )
+        leaving = self._leaving(task, parcel, f"relay {relay} ({address})")
+        pushing = asyncio.create_task(
+            Transfer(door, self.inbox, self.log).push(signed, parcel, leaving, settling=item.settle)
+        )
+        news = asyncio.create_task(item.news.wait())
+        try:
+            await asyncio.wait([pushing, news], return_when=asyncio.FIRST_COMPLETED)
+            if not pushing.done():
+                return
+            status = pushing.result()
+            if status.state == pb.UploadStatus.HELD:
+                self.log("update.held", **fields)
+                item.settle(True)
+                item.held = True
+                self._tell_held(item)
+                await news
+            else:
+                self.log("relay.refused", **fields, code=status.code, reason=status.reason)
+        except (RelayGone, SiteError, AccessError, Refused) as error:
+            self.log("relay.left", **fields, reason=error.message)
+        finally:
+            item.held = False
+            await _cancelled(pushing, news)
+            await door.close()
 
     async def _base(self, item: _Item, known: KnownJob) -> dict[str, NamedTensors]:
         task = item.task

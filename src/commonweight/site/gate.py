@@ -21,24 +21,24 @@ from ..federation.folder import replacing
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, Task, TrainTask
 from ..identity.certificates import Holder, verify_certificate
 from ..identity.folder import IdentityFolder
-from ..identity.keys import AUDIT, JOB, verify
+from ..identity.jobs import verify_job
+from ..identity.keys import AUDIT, verify
 from ..model.tensors import Layout
 from ..recipe.problems import validate
-from ..recipe.schema import Recipe
+from ..recipe.schema import FederationSpec, Recipe
 from ..recipe.source import read_source
 from ..wire import protocol_pb2 as pb
 from ..wire.decode import decode
 from ..wire.frames import parse_header
-from ..wire.messages import parse_job
 from ..wire.refusals import Refused
 from .audit import SiteAudit
 from .log import Log
 from .policy import (
-    SIGNING_ROLES,
     Decision,
     JobFacts,
     Policy,
     PolicyFile,
+    allows_relay,
     decide_task,
     shared,
     shared_chain,
@@ -65,10 +65,12 @@ class KnownJob:
         job: what was signed.
         facts: what the policy wants to know of it.
         layout, chunk_bytes: of the run's tensors, and how they are cut.
+        federation: how the recipe wants updates combined.
     """
 
     job: pb.Job
     facts: JobFacts
+    federation: FederationSpec
     layout: Layout
     chunk_bytes: int
 
@@ -125,18 +127,11 @@ class Gate:
         return known
 
     def _verified(self, run: str, signed: pb.SignedJob) -> KnownJob:
-        job = parse_job(signed)
-        # a run outlives certificates: the signer's must have been good when the job was submitted
-        holder = verify_certificate(signed.certificate, self._identity().authority, at=job.submitted_at)
-        if holder.role not in SIGNING_ROLES:
-            raise AccessError(f"the job is signed by a {holder.role} ({holder.name}), not by a lead or an admin")
-        if not verify(holder.signing_key, JOB, signed.job, signed.signature):
-            raise AccessError(f"the job's signature is not that of {holder.role} {holder.name}")
-        if job.id != run:
-            raise AccessError(f"the job that came for run {run} is that of run {job.id[:128]!r}")
+        job, holder = verify_job(signed, run, self._identity().authority)
         plan = parse_header(job.initial).plan
-        facts = _facts(job, holder, self._identity().holder.name)
-        return KnownJob(job, facts, plan.layout, plan.chunk_bytes)
+        recipe = validate(Recipe, read_source(job.recipe, "the job's recipe"))
+        facts = _facts(job, recipe, holder, self._identity().holder.name)
+        return KnownJob(job, facts, recipe.federation, plan.layout, plan.chunk_bytes)
 
     def joined(self, run: str) -> None:
         self.records.set_job(run, "joined")
@@ -235,15 +230,46 @@ class Gate:
             return shared(result, policy)
         return shared_chain(result, policy) if kind == "chain" else dict(result)
 
-    def leaving(self, run: str, round: int, what: str, *, num_bytes: int, chunks: int, digest: str, task: str) -> None:
+    def relay_for(self, known: KnownJob, task: pb.Task) -> str:
+        """The relay to which the update for a task may go; "": to the coordinator.
+
+        The signed job must name it for this site, and the policy must list it: a coordinator alone cannot send an
+        update elsewhere.
+        """
+        if not task.relay:
+            return ""
+        fields = {"run": task.run, "round": task.round, "relay": task.relay}
+        if known.federation.relay_of.get(self._identity().holder.name) != task.relay:
+            self.log("relay.passed_by", **fields, reason="the signed job does not name it for this site")
+            return ""
+        if not allows_relay(self.policy(), task.relay):
+            self.log("relay.passed_by", **fields, reason="relays in this site's policy does not list it")
+            return ""
+        return task.relay
+
+    def leaving(
+        self,
+        run: str,
+        round: int,
+        what: str,
+        *,
+        num_bytes: int,
+        chunks: int,
+        digest: str,
+        task: str,
+        to: str = "",
+    ) -> None:
         """Count and write down what is about to be sent. It may be sent when this has returned, and only then.
+
+        Args:
+            to: who gets it; by default the coordinator.
 
         Raises:
             PolicyError: it may not leave.
         """
         self.records.spend(self.policy(), run=run, round=round, what=what, num_bytes=num_bytes, chunks=chunks)
         self.audit.append(
-            what, run=run, round=round, num_bytes=num_bytes, chunks=chunks, digest=digest, to=self.to, task=task
+            what, run=run, round=round, num_bytes=num_bytes, chunks=chunks, digest=digest, to=to or self.to, task=task
         )
 
     def note(self, what: str, **fields: Any) -> None:
@@ -299,9 +325,9 @@ class Gate:
         return self.folder / "runs" / run / "job.signed"
 
 
-def _facts(job: pb.Job, holder: Holder, site: str) -> JobFacts:
+def _facts(job: pb.Job, recipe: Recipe, holder: Holder, site: str) -> JobFacts:
     return JobFacts.of(
-        validate(Recipe, read_source(job.recipe, "the job's recipe")),
+        recipe,
         run=job.id,
         kind=job.kind,
         purpose=job.purpose,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..identity.folder import IdentityFolder
-from ..identity.tls import TARGET_OPTIONS, channel_credentials
+from ..identity.tls import TARGET_OPTIONS, channel_credentials, relay_options
 
 # isort: split
 # only now: the module above says what gRPC may speak, which it asks once, when it is loaded
@@ -63,15 +63,15 @@ END: object = grpc.aio.EOF  # type: ignore[attr-defined]  # its stubs do not kno
 OpenChannel = Callable[[], grpc.aio.Channel]
 
 
-def dial(identity: IdentityFolder, address: str) -> grpc.aio.Channel:
-    """A new connection to a coordinator (host:port), by mutual TLS.
+def dial(identity: IdentityFolder, address: str, *, relay: str = "") -> grpc.aio.Channel:
+    """A new connection to a coordinator (host:port), or to the relay of this name, by mutual TLS.
 
     Raises:
         AccessError: the identity's certificate has expired.
     """
     # an attempt to connect ends in time for the next, whatever a firewall swallows
     limits = [("grpc.min_reconnect_backoff_ms", int(CONNECT_S * 1000))]
-    options = [*channel_options(), *TARGET_OPTIONS, *limits]
+    options = [*channel_options(), *(relay_options(relay) if relay else TARGET_OPTIONS), *limits]
     return grpc.aio.secure_channel(address, channel_credentials(identity), options=options)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..federation.folder import replacing
 from ..model.tensors import NamedTensors
 from ..wire.decode import decode
-from ..wire.frames import Frame, parse_header
+from ..wire.frames import Frame, pack_chunk, parse_header, piece_of
 from ..wire.protocol_pb2 import Manifest
 from ..wire.refusals import Refused
 from .inbox import FrameFile, write_frame
@@ -29,6 +29,10 @@ class Parcel:
     manifest: bytes
     frame: Frame
     tensors: Mapping[str, NamedTensors]
+
+    def packed(self, index: int) -> bytes:
+        """A chunk as `Push` sends it."""
+        return pack_chunk(index, piece_of(self.tensors, self.frame.plan.pieces[index]))
 
 
 class Outbox:

@@ -29,6 +29,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from ..errors import PolicyError, RecipeError
 from ..evaluate.metrics import Scores
 from ..federation.private_rounds import planned_noise
+from ..identity.roles import SIGNING_ROLES
 from ..model.shapes import shapes_of
 from ..privacy.accounting import Releases, epsilon
 from ..recipe.schema import Recipe, Section
@@ -41,9 +42,6 @@ ANY = "any"
 
 #: the job's handshake entry that names its base model
 BASE_WEIGHTS = "base weights"
-
-#: roles whose signature on a job counts
-SIGNING_ROLES = ("lead", "admin")
 
 #: how many entries of a list a refusal names
 _LISTED = 5
@@ -81,6 +79,13 @@ def _signers(values: list[str]) -> list[str]:
     for value in values:
         if not _HEX.fullmatch(value) and not _NAME.fullmatch(value):
             raise ValueError(f"{value!r} is neither a name, nor a signing key (64 hex digits), nor `{ANY}`")
+    return _any_alone(values)
+
+
+def _relays(values: list[str]) -> list[str]:
+    for value in values:
+        if value != ANY and not _NAME.fullmatch(value):
+            raise ValueError(f"{value!r} is neither a relay's name nor `{ANY}`")
     return _any_alone(values)
 
 
@@ -139,6 +144,10 @@ class Policy(Section):
     strategies: Methods = Field(description="`built-in`, and exact names of others.")
     objectives: Methods = Field(
         description="`built-in`, and exact names of others: code that runs on this site's rows."
+    )
+    relays: Annotated[list[str], AfterValidator(_relays)] = Field(
+        description="Relays that may have this site's update, which they see before they add it to others': names, or "
+        "`any` alone. Past one that is not listed, the update goes to the coordinator."
     )
     min_cohort: int = Field(ge=1, description="A round must combine the updates of at least so many sites.")
     max_rounds: int = Field(ge=0, description="Rounds of one run.")
@@ -353,6 +362,11 @@ def _update_bytes(recipe: Recipe, initial: bytes, site: str) -> int:
         found: type[Strategy] = resolve("strategy", strategy)
         num_channels = len(found.update_channels)
     return num_channels * (plan.layout if shape is None else shape.layout).num_bytes
+
+
+def allows_relay(policy: Policy, relay: str) -> bool:
+    """Whether this site's update may go to the relay of this name."""
+    return policy.relays == [ANY] or relay in policy.relays
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,7 @@ purposes: []                # what this site's data may be used for, in the job'
 strategies: [built-in]      # how updates are combined: built-in, and names of others that are installed here
 objectives: [built-in]      # what is trained on: built-in; code of one's own by its whole name: mypackage.loss:MyLoss
 
+relays: []                  # relays that may see this site's update, to add it to its region's sum: names; or ["any"]
 min_cohort: 3               # a round must combine the updates of at least so many sites
 max_rounds: 50              # rounds of one run
 max_bytes_per_round: 64 MiB # that may leave in one round of a run: the update, scores, and what is sent again

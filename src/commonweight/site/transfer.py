@@ -11,17 +11,16 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, TypeVarTuple, Unpack
+from typing import Any, Protocol, TypeVar, TypeVarTuple, Unpack
 
 from ..errors import SiteError, UnreachableError
 from ..model.tensors import Layout, NamedTensors
 from ..wire import protocol_pb2 as pb
-from ..wire.frames import Frame, header_digest, pack_chunk, parse_header, piece_of
+from ..wire.frames import Frame, header_digest, parse_header
 from ..wire.service import UPLOAD_KEY
 from .inbox import Arrival, Inbox
-from .link import END, Backoff, Link, Session, calling
+from .link import END, Backoff, calling
 from .log import Log
-from .outbox import Parcel
 
 #: a transfer that does not move for so long is cut here and begun again where it stopped
 STALL_S = 60.0
@@ -48,11 +47,42 @@ async def aside(num_bytes: int, work: Callable[[Unpack[Ts]], T], *arguments: *Ts
     return await asyncio.to_thread(work, *arguments)
 
 
+class Calls(Protocol):
+    """The methods of the other end's services."""
+
+    @property
+    def federation(self) -> dict[str, Callable[..., Any]]: ...
+
+    @property
+    def transfer(self) -> dict[str, Callable[..., Any]]: ...
+
+
+class Way(Protocol):
+    """A connection that comes back: to the coordinator (`Link`), or to a relay (`Door`)."""
+
+    @property
+    def backoff(self) -> Backoff: ...
+
+    async def session(self) -> Calls: ...
+
+
+class Sendable(Protocol):
+    """What can be pushed: an update (`Parcel`), or a region's sum."""
+
+    @property
+    def manifest(self) -> bytes: ...
+
+    @property
+    def frame(self) -> Frame: ...
+
+    def packed(self, index: int) -> bytes: ...
+
+
 @dataclass
 class _Course:
     """How one transfer is going: its waits, and how often each chunk came through broken."""
 
-    link: Link
+    link: Way
     log: Log
     what: dict[str, Any]
     backoff: Backoff = field(default_factory=Backoff)
@@ -80,7 +110,7 @@ class _Course:
 class Transfer:
     """Fetches frames into an inbox, and pushes updates."""
 
-    def __init__(self, link: Link, inbox: Inbox, log: Log) -> None:
+    def __init__(self, link: Way, inbox: Inbox, log: Log) -> None:
         self._link, self._inbox, self._log = link, inbox, log
 
     async def fetch(
@@ -114,7 +144,7 @@ class Transfer:
 
     async def _fetch_some(
         self,
-        session: Session,
+        session: Calls,
         run: str,
         digest: str,
         arrival: Arrival | None,
@@ -145,17 +175,19 @@ class Transfer:
 
     async def push(
         self,
-        signed: pb.SignedManifest,
-        parcel: Parcel,
+        signed: pb.SignedManifest | pb.SignedPartial,
+        parcel: Sendable,
         leaving: Leaving,
         *,
         settling: Callable[[bool], None] = lambda _: None,
+        may_be_there: bool = False,
     ) -> pb.UploadStatus:
-        """Send an update until it is accepted or refused.
+        """Send an update until it is accepted or refused, or a relay holds it; or a region's sum.
 
         Args:
             leaving: told before they are sent how many bytes and chunks are; what it raises ends the push.
             settling: told True when everything is sent and only the verdict is awaited, False when it is not so.
+            may_be_there: the other end may have it already, by another way.
 
         Raises:
             SiteError: a chunk came through broken three times, or the coordinator asks for one that there is not.
@@ -163,19 +195,20 @@ class Transfer:
         """
         course = _Course(self._link, self._log, {"frame": parcel.frame.digest[:12]})
         push = _Push(parcel, leaving, settling, course, fewest=parcel.frame.plan.num_chunks)
-        await push.count_manifest()
+        await push.count_manifest(alone=may_be_there)
+        method = "OpenPartial" if isinstance(signed, pb.SignedPartial) else "OpenUpload"
         while True:
             session = await self._link.session()
             try:
                 with calling():
-                    status: pb.UploadStatus = await session.federation["OpenUpload"](signed)
+                    status: pb.UploadStatus = await session.federation[method](signed)
                 if status.state == pb.UploadStatus.OPEN:
                     status = await push.send(session, status)
             except (UnreachableError, TimeoutError) as error:
                 settling(False)
                 await course.wait(error)
                 continue
-            if status.state in (pb.UploadStatus.ACCEPTED, pb.UploadStatus.REFUSED):
+            if status.state in (pb.UploadStatus.ACCEPTED, pb.UploadStatus.REFUSED, pb.UploadStatus.HELD):
                 return status
             if status.state != pb.UploadStatus.OPEN:
                 await course.wait(UnreachableError(status.reason or "the coordinator does not know the upload"))
@@ -190,20 +223,21 @@ class _Push:
         counted: chunks whose bytes `leaving` was told of, and that have not been sent since.
     """
 
-    parcel: Parcel
+    parcel: Sendable
     leaving: Leaving
     settling: Callable[[bool], None]
     course: _Course
     fewest: int
     counted: set[int] = field(default_factory=set)
 
-    async def count_manifest(self) -> None:
+    async def count_manifest(self, *, alone: bool) -> None:
         """Tell of the manifest; a small update is told of with it, for that is a disk's wait less."""
-        plan, small = self.parcel.frame.plan, self.parcel.frame.plan.num_bytes <= _SMALL_BYTES
+        plan = self.parcel.frame.plan
+        small = plan.num_bytes <= _SMALL_BYTES and not alone
         self.counted = set(range(plan.num_chunks)) if small else set()
         await self.leaving(len(self.parcel.manifest) + small * plan.num_bytes, len(self.counted))
 
-    async def send(self, session: Session, status: pb.UploadStatus) -> pb.UploadStatus:
+    async def send(self, session: Calls, status: pb.UploadStatus) -> pb.UploadStatus:
         """One call: the chunks that are missing, in the order in which they were asked for."""
         if len(status.missing) < self.fewest:  # what was sent has arrived, and was kept
             self.course.moved()
@@ -230,7 +264,7 @@ class _Push:
     async def _send_chunk(self, call: Any, index: int) -> bool:
         """False: the coordinator has answered early, and takes no more in this call."""
         piece = self.parcel.frame.plan.pieces[index]
-        message = await aside(piece.num_bytes, pack_chunk, index, piece_of(self.parcel.tensors, piece))
+        message = await aside(piece.num_bytes, self.parcel.packed, index)
         if call.done():
             return False
         self.counted.discard(index)

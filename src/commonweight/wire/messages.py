@@ -42,7 +42,7 @@ JSON_BYTES = 8 << 20
 JSON_ITEMS = 1 << 19
 MAX_SITES = MAX_TASKS = 10_000
 MAX_MUST_MATCH = 64
-TASK_KINDS = frozenset({"join", "train", "evaluate", "chain", "sample"})
+TASK_KINDS = frozenset({"join", "train", "evaluate", "chain", "sample", "relay"})
 LONGEST_S = 366 * 86400.0
 
 # no control characters but line ends and tabs, none that turn the direction of writing
@@ -51,6 +51,7 @@ _LINE = re.compile("[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]{0,200}")
 _NOTE = re.compile(_HARMLESS + "{0,2000}")
 _REASON = re.compile(_HARMLESS + "{0,8000}")
 _VALUE = re.compile(_HARMLESS + "{0,16384}")
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _./-]{0,63}")
 _WORD = re.compile(r"[a-z][a-z-]{0,31}")
 
@@ -154,7 +155,7 @@ def _check_heartbeat(heartbeat: Heartbeat) -> None:
 
 def _check_reply(reply: TaskReply) -> None:
     check_text("the id of a task that was answered", reply.task, TASK)
-    if reply.state not in (TaskReply.TAKEN, TaskReply.DONE, TaskReply.REFUSED, TaskReply.FAILED):
+    if reply.state not in TaskReply.State.values() or reply.state == TaskReply.UNKNOWN:
         raise malformed(f"an answer in state {reply.state}")
     check_text("an answer's reason", reply.reason, _REASON)
     if len(reply.result) > JSON_BYTES:
@@ -185,6 +186,9 @@ def _check_task(task: Task) -> None:
     if len(task.body) > JSON_BYTES:
         raise _too_large("a task's body", len(task.body), JSON_BYTES)
     _check_number("a task's deadline", task.seconds_left, LONGEST_S)
+    if task.relay or task.relay_address:
+        check_text("a task's relay", task.relay, SITE)
+        check_text("the address of a task's relay", task.relay_address, _ADDRESS)
 
 
 def _check_withdraw(withdraw: Withdraw) -> None:

@@ -220,6 +220,8 @@ class TaskReply(_message.Message):
         """the site's policy says no"""
         FAILED: TaskReply._State.ValueType  # 4
         """the site tried and could not"""
+        HELD: TaskReply._State.ValueType  # 5
+        """a relay has all of the update; the site waits to hear whether it counts"""
 
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     UNKNOWN: TaskReply.State.ValueType  # 0
@@ -231,6 +233,8 @@ class TaskReply(_message.Message):
     """the site's policy says no"""
     FAILED: TaskReply.State.ValueType  # 4
     """the site tried and could not"""
+    HELD: TaskReply.State.ValueType  # 5
+    """a relay has all of the update; the site waits to hear whether it counts"""
 
     TASK_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
@@ -376,17 +380,23 @@ class Task(_message.Message):
     BODY_FIELD_NUMBER: _builtins.int
     BASE_FIELD_NUMBER: _builtins.int
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
+    RELAY_FIELD_NUMBER: _builtins.int
+    RELAY_ADDRESS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     run: _builtins.str
     round: _builtins.int
     kind: _builtins.str
-    """join, train, evaluate, chain, sample"""
+    """join, train, evaluate, chain, sample; a relay's: join, relay"""
     body: _builtins.bytes
     """JSON, as federation/messages.py has it"""
     base: _builtins.str
     """hex digest of the frame with the global tensors to start from; empty for join"""
     seconds_left: _builtins.float
     """until the round's deadline; 0: none"""
+    relay: _builtins.str
+    """train: who adds the update to its region's sum; empty: send it to the coordinator"""
+    relay_address: _builtins.str
+    """host:port"""
     def __init__(
         self,
         *,
@@ -397,10 +407,12 @@ class Task(_message.Message):
         body: _builtins.bytes = ...,
         base: _builtins.str = ...,
         seconds_left: _builtins.float = ...,
+        relay: _builtins.str = ...,
+        relay_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "body", b"body", "id", b"id", "kind", b"kind", "round", b"round", "run", b"run", "seconds_left", b"seconds_left"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "body", b"body", "id", b"id", "kind", b"kind", "relay", b"relay", "relay_address", b"relay_address", "round", b"round", "run", b"run", "seconds_left", b"seconds_left"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -699,6 +711,124 @@ class SignedManifest(_message.Message):
 Global___SignedManifest: _TypeAlias = SignedManifest  # noqa: Y015
 
 @_typing.final
+class Partial(_message.Message):
+    """The sum of a region's updates in one round, by their relay."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    RELAY_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    FRAME_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    TOTAL_WEIGHT_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    round: _builtins.int
+    task: _builtins.str
+    """the relay's"""
+    relay: _builtins.str
+    """must be the certificate's"""
+    base: _builtins.str
+    frame: _builtins.bytes
+    """header of the sums: the update's channels, wide"""
+    total_weight: _builtins.float
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedManifest]:
+        """of the updates that were added up, in this order"""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        round: _builtins.int = ...,
+        task: _builtins.str = ...,
+        relay: _builtins.str = ...,
+        base: _builtins.str = ...,
+        frame: _builtins.bytes = ...,
+        members: _abc.Iterable[Global___SignedManifest] | None = ...,
+        total_weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "frame", b"frame", "members", b"members", "relay", b"relay", "round", b"round", "run", b"run", "task", b"task", "total_weight", b"total_weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Partial: _TypeAlias = Partial  # noqa: Y015
+
+@_typing.final
+class SignedPartial(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTIAL_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    partial: _builtins.bytes
+    """Partial"""
+    signature: _builtins.bytes
+    """Ed25519, over "commonweight partial 1\\n" ‖ partial"""
+    def __init__(
+        self,
+        *,
+        partial: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["partial", b"partial", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedPartial: _TypeAlias = SignedPartial  # noqa: Y015
+
+@_typing.final
+class RegionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    task: _builtins.str
+    """the relay's"""
+    def __init__(
+        self,
+        *,
+        task: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegionRequest: _TypeAlias = RegionRequest  # noqa: Y015
+
+@_typing.final
+class RegionReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAITING_FIELD_NUMBER: _builtins.int
+    OVER_FIELD_NUMBER: _builtins.int
+    over: _builtins.bool
+    """the task is over: nothing more is wanted of the relay"""
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """sites of the region that the round still waits for"""
+
+    def __init__(
+        self,
+        *,
+        waiting: _abc.Iterable[_builtins.str] | None = ...,
+        over: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["over", b"over", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegionReply: _TypeAlias = RegionReply  # noqa: Y015
+
+@_typing.final
 class UploadStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -715,6 +845,8 @@ class UploadStatus(_message.Message):
         """it counts; sending it again changes nothing"""
         REFUSED: UploadStatus._State.ValueType  # 3
         """`code` says why; sending it again is of no use"""
+        HELD: UploadStatus._State.ValueType  # 4
+        """said by a relay: it has all of it; whether it counts, the coordinator says"""
 
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     UNKNOWN: UploadStatus.State.ValueType  # 0
@@ -724,6 +856,8 @@ class UploadStatus(_message.Message):
     """it counts; sending it again changes nothing"""
     REFUSED: UploadStatus.State.ValueType  # 3
     """`code` says why; sending it again is of no use"""
+    HELD: UploadStatus.State.ValueType  # 4
+    """said by a relay: it has all of it; whether it counts, the coordinator says"""
 
     STATE_FIELD_NUMBER: _builtins.int
     UPLOAD_FIELD_NUMBER: _builtins.int

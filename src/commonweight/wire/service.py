@@ -66,6 +66,8 @@ FEDERATION = _methods(
         "Attend": ("stream_stream", pb.SiteMessage, pb.CoordinatorMessage),
         "GetJob": ("unary_unary", pb.JobRequest, pb.SignedJob),
         "OpenUpload": ("unary_unary", pb.SignedManifest, pb.UploadStatus),
+        "OpenPartial": ("unary_unary", pb.SignedPartial, pb.UploadStatus),
+        "Region": ("unary_unary", pb.RegionRequest, pb.RegionReply),
         "Renew": ("unary_unary", pb.RenewRequest, pb.RenewReply),
     },
 )

@@ -1,0 +1,1 @@
+"""A relay: adds up the updates of a region's sites and passes on the sum."""
