@@ -43,7 +43,9 @@ def flat(values: NamedTensors) -> Array:
 def cohort(round: int, losses: Sequence[float | None]) -> list[Update]:
     """An update of each site that has a loss."""
     return [
-        Update(f"site{k}", round, {"delta": tensors(100 * round + k)}, WEIGHTS[k], 1, 1, 1, {"first_loss": loss})
+        Update(
+            f"site{k}", round, {"delta": tensors(100 * round + k)}, WEIGHTS[k], 1, 1, 1, metrics={"first_loss": loss}
+        )
         for k, loss in enumerate(losses)
         if loss is not None
     ]
