@@ -574,6 +574,7 @@ LEASED: dict[str, Callable[[Store, Lease], Any]] = {
     "apply": lambda store, lease: store.apply("r1", 2, DeadlinePassed(2), lease=lease),
     "add_tasks": lambda store, lease: store.add_tasks(lease, [task("a", 3)]),
     "withdraw": lambda store, lease: store.withdraw(lease, ["r1-2-a-train"], "no more needed"),
+    "drop_result": lambda store, lease: StoreJournal(store, lease).drop("kept"),
     "give_up": lambda store, lease: store.give_up(lease, "r1-2-a-train", ["a"], "it is away"),
 }
 
@@ -597,9 +598,10 @@ def _released(store: Store, clock: Clock) -> None:
 
 @pytest.fixture
 def led(store: Store) -> Lease:
-    """The lease of a run with a closed round 1 and an open round 2."""
+    """The lease of a run with a result, a closed round 1 and an open round 2."""
     add_run(store)
     lease = lead(store)
+    store.put_result(lease, "kept", {})
     open_round(store, lease)
     close_round(store)
     open_round(store, lease, 2)
