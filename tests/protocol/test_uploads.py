@@ -97,6 +97,7 @@ REFUSALS: list[tuple[Refusal, str, dict[str, Any]]] = [
     (Refusal.WRONG_TASK, "no training task", {"task": "another"}),
     (Refusal.WRONG_TASK, "the manifest of 2", {"round": 2}),
     (Refusal.WRONG_BASE, "started from", {"base": "ab" * 32}),
+    (Refusal.WRONG_BASE, "started from the model of cluster 1, expected 0", {"cluster": 1}),
     (Refusal.WRONG_SHAPE, "c.weight", {"frame": frame_for(other_layout(), "delta").header}),
     (Refusal.WRONG_SHAPE, "a.weight", {"frame": frame_for(other_shape(), "delta").header}),
     (Refusal.WRONG_SHAPE, "a.weight", {"frame": frame_for(other_dtype(), "delta").header}),

@@ -27,7 +27,6 @@ from ..train.start import FROM_THETA, check_cluster
 from ..wire.decode import decode
 from ..wire.frames import Frame, chunk_digest, header_digest
 from ..wire.manifest import TASK, ParsedManifest, check_chunk, check_frame, check_text, first_bad, parse_manifest
-from ..wire.messages import parse_json
 from ..wire.partial import ParsedPartial, check_sum_frame, parse_partial
 from ..wire.protocol_pb2 import Manifest, Partial, SignedManifest, SignedPartial, UploadStatus
 from ..wire.refusals import Refusal, Refused
@@ -236,7 +235,8 @@ class Receiver:
     def _check(self, manifest: ParsedManifest, task: TaskRow, plan: RunPlan) -> None:
         """Everything that can be known before the first byte of a tensor has come."""
         self._check_base("the work", manifest.base, task)
-        asked = json.loads(task.body)["steps"]
+        body = json.loads(task.body)
+        asked = body["steps"]
         if not 1 <= manifest.num_steps <= asked:  # a strategy may reckon with it, and one made up pulls at every site's
             raise Refused(
                 Refusal.BAD_WEIGHT, f"the update took {manifest.num_steps} local steps, the task asked for {asked}"
@@ -249,8 +249,7 @@ class Receiver:
         except UpdateRefused as error:
             raise Refused(Refusal.BAD_WEIGHT, error.message) from error
         try:
-            start = parse_json(task.body).get("start", FROM_THETA)
-            check_cluster(manifest.cluster, start, manifest.site, manifest.round)
+            check_cluster(manifest.cluster, body.get("start", FROM_THETA), manifest.site, manifest.round)
         except UpdateRefused as error:
             raise Refused(Refusal.WRONG_BASE, error.message) from error
 
