@@ -33,6 +33,7 @@ from .federation.run import FederatedRun
 from .federation.shelf import FolderShelf
 from .federation.tally import Sites
 from .model.base import tokenizer_digest
+from .recipe.compatibility import personal_parts
 from .recipe.load import check_methods, load_recipe
 from .recipe.resolved import recipe_differences, recipe_digest, recipe_text
 from .recipe.schema import Recipe
@@ -133,7 +134,7 @@ def _train(
             trainable=bench.participant.trainables.num_parameters,
             rounds=recipe.federation.rounds,
         )
-        evaluation = Evaluation(recipe, sites, engine, journal, events)
+        evaluation = Evaluation(recipe, sites, engine, journal, events, strategy=strategy)
         engine.broadcast(bench.theta, {})
         evaluation.base()
         private = PrivateRounds.of(recipe, journal, len(sites.names))
@@ -143,7 +144,7 @@ def _train(
             journal,
             sites,
             model.layout,
-            site_state=strategy.site_state,
+            site_state=strategy.site_state or bool(personal_parts(recipe)),
             keep_rounds=recipe.output.keep_rounds,
         )
         if isinstance(strategy, AsynchronousStrategy):

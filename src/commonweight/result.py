@@ -18,6 +18,7 @@ from .data.sites import load_sites
 from .data.templates import Example, open_example, question_example
 from .data.tokens import encode, prompt_ids
 from .engines.bench import asked_by_strategy, check_context
+from .engines.personal import has_own, write_site_model
 from .errors import ModelError, RecipeError, StateError
 from .evaluate.metrics import summarise
 from .evaluate.scoring import answer, score_site
@@ -51,7 +52,7 @@ def open_result(
     then have added to the base.
 
     Args:
-        site: whose model, where sites have different ones: its cluster's.
+        site: whose model, where sites have different ones: its own, or its cluster's.
 
     Raises:
         StateError: the folder holds no run, or not that round's adapter, or nothing of that site, or lacks what a round
@@ -69,7 +70,7 @@ def open_result(
 
 def _opened(base: Base, recipe: Recipe, run: Path, round: int | None, site: str | None) -> Any:
     """A result's adapter on the base that it belongs to, which is moved for it."""
-    folder, residuals = _adapter_folder(run, round, site), _residuals(run, recipe, round)
+    folder, residuals = _adapter_folder(run, recipe, round, site), _residuals(run, recipe, round)
     model = _with_adapter(base, recipe, folder)
     if residuals is not None:
         moved = MovedBase(model)
@@ -100,7 +101,14 @@ def _recipe(run: Path, overrides: Sequence[str]) -> Recipe:
     return load_recipe(run / "recipe.yaml", overrides)
 
 
-def _adapter_folder(run: Path, round: int | None, site: str | None = None) -> Path:
+def _adapter_folder(run: Path, recipe: Recipe, round: int | None, site: str | None) -> Path:
+    if site is not None and has_own(recipe):
+        if round is not None:
+            raise RecipeError(
+                "--site excludes --round in a run whose sites have something of their own",
+                hint="it is kept as it is after the last round",
+            )
+        return write_site_model(run, recipe, site)
     folder = run / "adapter" if round is None else run / "rounds" / f"{round:04d}"
     if folder.is_dir():
         return folder if site is None else _folder_of_site(run, round, site)
@@ -175,10 +183,13 @@ def score_run(
     run: Path, overrides: Sequence[str], *, round: int | None, base: bool, site: str | None, exact_match: bool
 ) -> dict[str, dict[str, Any]]:
     """Summaries by site as `score` gives them, each site scored with its own model if there are several: its
-    cluster's, or, if it has none, the largest cluster's. With `site` all are scored with that site's."""
+    cluster's, or, if it has none, the largest cluster's. With `site` all are scored with that site's; where that is a
+    model of its own, on its own rows alone."""
     clusters = {} if base or site is not None else _clusters(run, round)
     if not clusters:
-        return score(open_result(run, overrides, round=round, base=base, site=site), exact_match=exact_match)
+        result = open_result(run, overrides, round=round, base=base, site=site)
+        alone = site is not None and has_own(result.recipe)
+        return score(result, exact_match=exact_match, wanted=lambda name: not alone or name == site)
     of: Mapping[str, int] = clusters["sites"]
     found: dict[str, dict[str, Any]] = {}
     for cluster in sorted(set(of.values())):
@@ -207,16 +218,16 @@ def score(
         recipe.data, seed=recipe.seed, tokenizer=result.base.tokenizer, max_tokens=recipe.training.max_tokens
     )
     found = {}
-    for site in filter(lambda site: wanted(site.name), sites):
+    for one in filter(lambda one: wanted(one.name), sites):
         scores = score_site(
             result.language_model,
-            site.heldout,
-            site.heldout_examples,
+            one.heldout,
+            one.heldout_examples,
             result.base.tokenizer,
             max_tokens=recipe.training.max_tokens,
             generate=recipe.evaluation.max_new_tokens if exact_match or recipe.evaluation.exact_match else None,
         )
-        found[site.name] = summarise(scores, site.groups, resamples=recipe.evaluation.resamples, seed=recipe.seed)
+        found[one.name] = summarise(scores, one.groups, resamples=recipe.evaluation.resamples, seed=recipe.seed)
     return found
 
 
@@ -258,15 +269,15 @@ def export_result(
     round: int | None,
     site: str | None = None,
 ) -> dict[str, Any]:
-    """Copy the adapter to `output`, or write the merged model. Where rounds have added to the base, one adapter with
-    both effects is written.
+    """Copy the adapter to `output`, that of a round or of a site, or write the merged model. Where rounds have added to
+    the base, one adapter with both effects is written.
 
     Raises:
         StateError: `output` is not empty, or there is no such adapter.
         RecipeError: this kind of adapter cannot be merged.
     """
     recipe = _recipe(run, overrides)
-    source = _adapter_folder(run, round, site)
+    source = _adapter_folder(run, recipe, round, site)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise StateError(f"{output} is not an empty folder", hint="choose another")
     kind = recipe.model.adapter.kind

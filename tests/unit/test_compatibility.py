@@ -57,6 +57,12 @@ ASKED: dict[str, tuple[Change, bool, str, Change]] = {
         use("fedavg"),
     ),
     "differential privacy of sites": (private, False, "fedavg", use("fedavg")),
+    "personal parts": (
+        lambda values: values["federation"].update(personal=["layers.1"]),
+        False,
+        "fedavg",
+        use("fedavg"),
+    ),
     "relays": (lambda values: values["federation"].update(relays={"r": ["s"]}), False, "fedavg", use("fedavg")),
 }
 

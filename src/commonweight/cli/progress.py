@@ -93,6 +93,9 @@ class Progress:
             case "update_accepted":
                 state["answered"] += 1
             case "evaluated":
+                if fields["arm"] == "personal":
+                    own = f"sites' own models: held-out loss {fields['macro_loss']:.3f}"
+                    return f"round {fields['round']}: {own}" if fields["round"] else None
                 state["loss"] = fields["macro_loss"]
                 if fields["arm"] == "base":
                     return f"base model: held-out loss {fields['macro_loss']:.3f}"
@@ -102,6 +105,9 @@ class Progress:
                 return f"round {fields['round']}: site {fields['site']} left out: {fields['reason']}"
             case "site_late":
                 return f"round {fields['round']}: site {fields['site']} was too late"
+            case "evaluation_missing":
+                what = f"not evaluated at {', '.join(fields['sites'])}" if fields["sites"] else "no sample answer"
+                return f"{what}: {fields['reason']}"
             case "worker_replaced":
                 return "a worker died and was replaced; its task is repeated"
             case "adapter_saved":
@@ -167,9 +173,6 @@ class NetworkProgress(Progress):
                 return f"round {fields['round']}: site {fields['site']} tries again: {fields['reason']}"
             case "round_repeated":
                 return f"round {fields['round']} is tried again"
-            case "evaluation_missing":
-                what = f"not evaluated at {', '.join(fields['sites'])}" if fields["sites"] else "no sample answer"
-                return f"{what}: {fields['reason']}"
             case "run_interrupted":
                 return f"interrupted: {fields['reason']}"
         return super()._update(event, fields)

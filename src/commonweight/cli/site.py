@@ -1,8 +1,9 @@
-"""Commands for a site's engineer: site join, run, status, policy, pending, approve, deny, audit, accept-log."""
+"""Commands for a site's engineer: site join, run, status, policy, pending, approve, deny, export, audit, accept-log."""
 
 from __future__ import annotations
 
 import fcntl
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import AccessError, PolicyError, StateError
+from .folders import whole_or_nothing
+from .jobs import require_free
 from .network import (
     TokenArgument,
     check_joiner,
@@ -409,6 +412,44 @@ def _run_of(records: SiteRecords, which: str) -> str:
     )
 
 
+# --- what is its own
+
+
+def export(
+    directory: SiteArgument,
+    run: RunIdArgument,
+    output: Annotated[Path, typer.Argument(help="Folder to write: new or empty.", metavar="OUTPUT")],
+    json: JsonOption = False,
+) -> None:
+    """Write this site's own model of a run, as an adapter for other programs.
+
+    Of a run whose sites have models or parts of their own: what the site used when it was last evaluated.
+    """
+    begin(json)
+    from ..evaluate.text import size
+    from ..federation.folder import storage_errors
+    from ..site.run_files import RunFiles
+
+    with _records(directory) as records:
+        found = _run_of(records, run)
+        name = _name_of(records, found)
+    source = RunFiles(directory, found).personal
+    if not source.is_dir():
+        raise StateError(
+            f"there is no model of this site's own of run {short(found)} ({name})",
+            hint="there is one once the site has been evaluated in a run with personal parts or models, until "
+            "keep.runs in site.yaml lets it go",
+        )
+    require_free(output)
+    with whole_or_nothing(output), storage_errors(output):
+        shutil.copytree(source, output, dirs_exist_ok=True)
+    written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    if json:
+        print_json({"run": found, "folder": str(output), "bytes": written})
+    else:
+        say(f"wrote this site's model of run {short(found)} ({name}; {size(written)}) to {output}")
+
+
 # --- what has left
 
 
@@ -485,4 +526,4 @@ def _show_totals(totals: dict[str, dict[str, int]], names: dict[str, str]) -> No
 
 
 #: in the order of the help
-COMMANDS = (join, run, status, policy, pending, approve, deny, audit, accept_log)
+COMMANDS = (join, run, status, policy, pending, approve, deny, export, audit, accept_log)

@@ -17,7 +17,7 @@ RoundOption = Annotated[
 ]
 SiteOption = Annotated[
     str | None,
-    typer.Option("--site", help="Use this site's model: its cluster's, where a run has clusters.", metavar="NAME"),
+    typer.Option("--site", help="Use this site's model, where sites have different ones.", metavar="NAME"),
 ]
 BaseOption = Annotated[bool, typer.Option("--base", help="Use the base model, without the adapter.")]
 
@@ -37,6 +37,7 @@ def evaluate(
 
     The rows are those that the run's recipe gives; `--set data.path=other.jsonl` reads others by the same rules. Where
     the run has clusters, each site is scored with its own cluster's model; with --site all are scored with that one's.
+    A site that has a model of its own is scored with it on its own rows.
     """
     begin(json)
     _check_choice(round, base, site)
@@ -139,6 +140,7 @@ def export(
 ) -> None:
     """Write a run's adapter, or with --merge the whole model, for other programs."""
     begin(json)
+    _check_choice(round, False, site)
     from ..evaluate.text import size
     from ..result import export_result
 

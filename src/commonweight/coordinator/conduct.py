@@ -218,7 +218,7 @@ class Conductor:
             trainable=trainable,
             rounds=recipe.federation.rounds,
         )
-        evaluation = Evaluation(recipe, first, engine, journal, events, apart=True)
+        evaluation = Evaluation(recipe, first, engine, journal, events, strategy=strategy, apart=True)
         engine.announce(model.initial)
         evaluation.base()
         shelf = NetworkShelf(here, self.run_id, model, journal, recipe.output.keep_rounds)

@@ -16,7 +16,7 @@ from commonweight.errors import DataError, RecipeError
 from commonweight.recipe.schema import DataSpec
 
 from . import chunks
-from .draws import sample
+from .draws import rank, sample
 from .formats import Row
 from .holdout import Split, group_names, group_of_text, grouped_rows, hold_out
 from .partition import partition, site_names
@@ -37,6 +37,8 @@ class Site:
         heldout_examples: the texts of `heldout`, one each, in the same order.
         groups: the group of each of them (patient, disease …); without `holdout.by`, rows with the same text share
             one. With `chunks`: the group in which the piece begins, or the piece's own number.
+        train_groups: the group of each training example, in the order of `train`; empty with `chunks`.
+        aside: training examples that nothing is trained on (`keep_aside`).
     """
 
     name: str
@@ -44,6 +46,8 @@ class Site:
     heldout: Tokens
     heldout_examples: list[Example]
     groups: list[str]
+    train_groups: tuple[str, ...] = ()
+    aside: Tokens | None = None
 
 
 @dataclass(frozen=True)
@@ -159,11 +163,18 @@ def _counts(placed: dict[str, list[Row]], splits: dict[str, Split], built: Seque
 
 def _row_site(name: str, rows: list[Row], groups: list[str], split: Split, job: Job) -> Built:
     taken = sample(split.train, job.spec.sites.take, seed=job.seed, purpose=("take", name))
-    train, _, cut = _tokenised([job.template.example(rows[i]) for i in taken], name, "training", job)
+    train, trained, cut = _tokenised([job.template.example(rows[i]) for i in taken], name, "training", job)
     by = job.spec.holdout.by
     examples = [replace(job.template.example(rows[i]), group=groups[i] if by else None) for i in split.heldout]
     heldout, kept, heldout_cut = _tokenised(examples, name, "held-out", job)
-    site = Site(name, train, heldout, [examples[i] for i in kept], [groups[split.heldout[i]] for i in kept])
+    site = Site(
+        name,
+        train,
+        heldout,
+        [examples[i] for i in kept],
+        [groups[split.heldout[i]] for i in kept],
+        tuple(groups[taken[i]] for i in trained),
+    )
     truncated, dropped = cut.truncated + heldout_cut.truncated, cut.dropped + heldout_cut.dropped
     return Built(site, truncated, dropped, len(split.train) - len(taken))
 
@@ -223,3 +234,34 @@ def _chunked_site(name: str, rows: list[Encoded], groups: list[str], split: Spli
     examples = [Example(((text, True),), label if by else None) for text, label in zip(texts, labels, strict=True)]
     site = Site(name, pieces.subset(taken), heldout, examples, labels)
     return Built(site, 0, 0, len(pieces) - len(taken))
+
+
+def keep_aside(site: Site, share: float, *, seed: int) -> Site:
+    """The site with a share of its training examples, one at least, kept out of training; drawn by the seed.
+
+    Whole groups are kept aside, as whole groups are held out, as long as some are left to train on: a model that has
+    seen a group would look better on the rest of it than on new ones.
+
+    Raises:
+        DataError: it has a single one.
+    """
+    total = len(site.train)
+    if total < 2:
+        raise DataError(
+            f"site {site.name!r} has one training example, of which none can be kept aside to choose by",
+            hint="give the strategy a fixed alpha, or leave small sites out with data.sites.min_rows",
+        )
+    count = min(total - 1, max(1, round(share * total)))
+    drawn = _drawn_groups(site, count, seed) or sample(range(total), count, seed=seed, purpose=("aside", site.name))
+    kept = sorted(set(range(total)).difference(drawn))
+    groups = tuple(site.train_groups[i] for i in kept) if site.train_groups else ()
+    return replace(site, train=site.train.subset(kept), train_groups=groups, aside=site.train.subset(drawn))
+
+
+def _drawn_groups(site: Site, count: int, seed: int) -> list[int]:
+    """Training examples of whole groups, until there are `count`; none if no example would be left."""
+    drawn: set[int] = set()
+    for group in sorted(set(site.train_groups), key=lambda group: rank(seed, f"aside/{site.name}", group)):
+        if len(drawn) < count:
+            drawn |= {i for i, name in enumerate(site.train_groups) if name == group}
+    return sorted(drawn) if len(drawn) < len(site.train) else []

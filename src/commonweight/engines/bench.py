@@ -6,29 +6,33 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from ..data.names import require_sites
-from ..data.sites import Site, load_sites
+from ..data.sites import Site, keep_aside, load_sites
 from ..errors import RecipeError
 from ..federation.folder import storage_errors
 from ..federation.tally import Sites
-from ..model.adapters import adapter_off, attach_adapter, freeze, save_adapter
+from ..model.adapters import adapter_off, attach_adapter, freeze, refuse_embeddings, save_adapter
 from ..model.base import Base, choose_device, load_base, weights_digest
 from ..model.moved_base import MovedBase
 from ..model.shapes import Shape, shapes_of
-from ..model.tensors import NamedTensors
+from ..model.tensors import Layout, NamedTensors, on_cpu
 from ..model.trainables import Trainables
+from ..recipe.compatibility import personal_parts
 from ..recipe.problems import validate
 from ..recipe.schema import PROMPT_KINDS, DataSpec, Method, Recipe
 from ..recipe.source import Source
 from ..registry import resolve
 from ..seeding import derive_seed
+from ..strategies.base import Strategy
 from ..train import batches
 from ..train.local import Objective, Participant
 from ..train.loss import LanguageModel, autocast_dtype
 
 T = TypeVar("T")
+NOTHING: Mapping[str, NamedTensors] = MappingProxyType({})
 
 
 @dataclass
@@ -42,6 +46,7 @@ class Bench:
         frozen: adapter tensors that the strategy keeps out of training, and so out of `theta`; a copy.
         shapes: of the sites that hold less than the whole adapter.
         moved: the base's weights under the adapter, if the strategy adds to them.
+        personal: the initial values of what sites train but keep to themselves, which are not in `theta` either.
     """
 
     recipe: Recipe
@@ -56,11 +61,18 @@ class Bench:
     frozen: NamedTensors = field(default_factory=lambda: NamedTensors.of({}))
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     moved: MovedBase | None = None
+    personal: NamedTensors = field(default_factory=lambda: NamedTensors.of({}))
 
     @property
     def must_match_too(self) -> dict[str, str]:
         """What sites must have alike beside the handshake: tensors that are drawn from the seed and never sent."""
-        return {"frozen tensors": self.frozen.digest()} if self.frozen else {}
+        unsent = {"frozen tensors": self.frozen, "personal tensors": self.personal}
+        return {what: tensors.digest() for what, tensors in unsent.items() if tensors}
+
+    @property
+    def state_layouts(self) -> dict[str, Layout]:
+        """The layouts of groups of a site's private state that are not of `theta`'s."""
+        return {"personal": self.personal.layout}
 
     @property
     def facts(self) -> Sites:
@@ -73,10 +85,21 @@ class Bench:
         return Sites(names, steps, groups, bytes_up=parts, bytes_down=parts)
 
     def save(self, theta: NamedTensors, folder: Path, *, tokenizer: bool = False) -> None:
-        """Write global tensors into a folder as an adapter that peft opens, with the tokenizer if asked for."""
-        self.participant.trainables.values.copy_(theta)
+        """Write global tensors into a folder as an adapter that peft opens, with the tokenizer if asked for. What stays
+        at the sites is in it as it was at first."""
+        self.take_up(theta)
+        self.save_as_is(folder, tokenizer=tokenizer)
+
+    def save_as_is(self, folder: Path, *, tokenizer: bool = False) -> None:
+        """Write the model as it stands."""
         with storage_errors(folder):
             save_adapter(self.model, self.base.tokenizer if tokenizer else None, folder)
+
+    def take_up(self, theta: NamedTensors, state: Mapping[str, NamedTensors] = NOTHING) -> None:
+        """Make the model the global one, with a site's personal parts; without private state with the initial ones."""
+        trainables = self.participant.trainables
+        trainables.shared.copy_(theta)
+        trainables.personal.copy_(state.get("personal", self.personal))
 
     def pack_seed(self, site: str) -> int:
         return derive_seed(self.recipe.seed, "pack", site)
@@ -102,6 +125,11 @@ class Gather(Protocol):
     ) -> tuple[list[Site], dict[str, Any]]: ...
 
 
+def without_data(spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int) -> tuple[list[Site], dict[str, Any]]:
+    """Gathers nothing: for a bench whose model alone is wanted."""
+    return [], {}
+
+
 def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
     """Read the data, load the base model, attach the adapter.
 
@@ -122,13 +150,16 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
         require_sites(recipe.training.budget, names, "training.budget")
         require_sites(spec.adapter.sites, names, "model.adapter.sites")
         require_sites(spec.adapter.budget, names, "model.adapter.budget")
+    share, frozen_part = asked_by_strategy(recipe, "aside", 0.0), asked_by_strategy(recipe, "frozen", "")
+    sites = [keep_aside(site, share, seed=recipe.seed) if share else site for site in sites]
     digest = weights_digest(base.model)  # before the adapter's tensors join it
     model = attach_adapter(base, spec.adapter, seed=derive_seed(recipe.seed, "adapter"))
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    part = asked_by_strategy(recipe, "frozen", "")
-    frozen = freeze(model, part) if part else NamedTensors.of({})
-    trainables = Trainables(model)
+    frozen = freeze(model, frozen_part) if frozen_part else NamedTensors.of({})
+    if asked_by_strategy(recipe, "personal", ()):
+        refuse_embeddings(model, "shared")
+    trainables = Trainables(model, personal_parts(recipe))
     language_model = LanguageModel(model, autocast_dtype=autocast_dtype(recipe.training, base.device))
     if recipe.training.packing and not language_model.keeps_packed_apart():
         raise RecipeError(
@@ -136,33 +167,41 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
             hint="use packing: false with this architecture",
         )
     objective = _objective(recipe.training.objective)
-    theta = NamedTensors(trainables.values.layout, {d: f.cpu().clone() for d, f in trainables.values.flats.items()})
-    participant = Participant(language_model, trainables)
     return Bench(
         recipe,
         base,
         model,
-        participant,
+        Participant(language_model, trainables),
         objective,
         {s.name: s for s in sites},
-        theta,
+        on_cpu(trainables.shared),
         partition,
         digest,
         frozen,
-        shapes_of(spec.adapter, theta.layout),
+        shapes_of(spec.adapter, trainables.shared.layout),
         MovedBase(model) if asked_by_strategy(recipe, "moves_base", False) else None,
+        on_cpu(trainables.personal),
     )
 
 
 def asked_by_strategy(recipe: Recipe, attribute: str, otherwise: T) -> T:
-    """What the recipe's strategy asks of a model, such as a part to freeze. A site need not have the code of a
-    strategy, which runs at the coordinator: if it freezes something, the layouts differ, and the handshake says so."""
-    try:
-        strategy = resolve("strategy", recipe.federation.strategy.name)
-    except RecipeError:
-        return otherwise
-    found: T = getattr(strategy, attribute, otherwise)
+    """What the recipe's strategy asks of a model, such as a part to freeze; see `recipe_strategy`."""
+    found: T = getattr(recipe_strategy(recipe), attribute, otherwise)
     return found
+
+
+def recipe_strategy(recipe: Recipe) -> Strategy | None:
+    """The recipe's strategy, for what it says of the sites' work. A site need not have its code, which runs at the
+    coordinator: if it freezes something or keeps it at the sites, the layouts then differ, and the handshake says so.
+    """
+    method = recipe.federation.strategy
+    try:
+        kind = resolve("strategy", method.name)
+    except RecipeError:
+        return None
+    options = validate(kind.Options, Source(method.options), ("federation", "strategy"))
+    strategy: Strategy = kind(options)
+    return strategy
 
 
 def _objective(method: Method) -> Objective:

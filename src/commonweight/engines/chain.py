@@ -32,7 +32,7 @@ class Chain:
         self.file = work.folder / task.folder / "chain.safetensors"
         self.tokens = concatenate([self.bench.sites[s].train for s in task.sites])
         self.who = task.sites[0] if task.arm == "local" else f"<{task.arm}>"
-        work.values.copy_(theta)
+        self.bench.take_up(theta)
         self.optimizer = make_optimizer(self.bench.participant.trainables, self.bench.recipe.training)
         self.points: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None

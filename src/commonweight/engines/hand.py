@@ -63,9 +63,8 @@ class Hand:
 
     def train(self, task: TrainTask, slot: int) -> dict[str, Any]:
         """One site's turn; its update's tensors are then in the slot."""
-        channels, layout = self.slots[slot], self.broadcast["theta"].layout
-        state = {} if task.state_in is None else read_tensors(self.folder / task.state_in, layout)
-        done = self.work.train(task, self.broadcast, channels["delta"], state)
+        channels = self.slots[slot]
+        done = self.work.train(task, self.broadcast, channels["delta"], self._state(task.state_in))
         for name, tensors in done.further.items():
             channels[name].copy_(tensors)
         if task.state_out is not None:
@@ -73,10 +72,17 @@ class Hand:
         return done.figures
 
     def evaluate(self, task: EvaluateTask) -> dict[str, Any]:
-        return self.work.evaluate(task, self.broadcast)
+        return self.work.evaluate(task, self.broadcast, self._state(task.state_in))
 
     def sample(self, task: SampleTask) -> dict[str, Any]:
-        return self.work.sample(task, self.broadcast)
+        return self.work.sample(task, self.broadcast, self._state(task.state_in))
+
+    def _state(self, file: str | None) -> dict[str, NamedTensors]:
+        """A site's private state; empty if it has none yet."""
+        if file is None:
+            return {}
+        others = self.work.bench.state_layouts
+        return read_tensors(self.folder / file, self.broadcast["theta"].layout, others=others)
 
     def chain(self, task: ChainTask) -> dict[str, Any]:
         return self.work.chain(task)

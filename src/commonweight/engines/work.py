@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ from ..evaluate.scoring import answer, score_site, score_tokens
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, TrainTask
 from ..model.clusters import channel_of
 from ..model.shapes import worn
-from ..model.tensors import NamedTensors
+from ..model.tensors import NamedTensors, first_non_finite, on_cpu
 from ..privacy.site_level import clip_
 from ..seeding import derive_seed
 from ..train.checkpoint import Checkpoint
-from ..train.corrections import correction
+from ..train.corrections import Own, correction
 from ..train.local import LocalWork, never, untold
 from ..train.start import FROM_THETA, candidates, least, rows_to_ask
-from .bench import Bench
+from .bench import NOTHING, Bench
 from .chain import Chain
+
+#: shares of a site's own model that it tries on the rows kept aside
+ALPHAS = tuple(tenth / 10 for tenth in range(11))
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -58,7 +61,8 @@ class TaskWork:
         self, bench: Bench, folder: Path, progress: Progress, *, interrupted: Callable[[], bool] = never
     ) -> None:
         self.bench, self.folder, self.progress, self.interrupted = bench, folder, progress, interrupted
-        self.values = bench.participant.trainables.values
+        self.trainables = bench.participant.trainables
+        self.values = self.trainables.values
 
     def train(
         self,
@@ -68,6 +72,7 @@ class TaskWork:
         state: Mapping[str, NamedTensors],
         *,
         checkpoint: Checkpoint | None = None,
+        own_checkpoint: Checkpoint | None = None,
         on_step: Callable[[int], None] = untold,
     ) -> Trained:
         """One site's turn.
@@ -77,6 +82,7 @@ class TaskWork:
             delta: where θᵢ − θ goes; θ is the model that the task says to start from. From a site that holds less than
             the whole adapter, θ is what it was handed, and the rest of `delta` is zero.
             state: the site's private state; empty if it has none yet.
+            own_checkpoint: of the training of its own model, if there is one.
 
         Raises:
             SiteError: a loss that is not finite, or an objective that went beyond the site's part; Cancelled.
@@ -86,23 +92,21 @@ class TaskWork:
         whole = broadcast[channel_of(cluster)]
         theta = whole if shape is None else shape.start(whole)
         change = correction(task.correction, theta, broadcast, state, round=task.round)
-        self.values.copy_(theta)
+        self.bench.take_up(theta, state)
+        work = LocalWork(
+            site.train,
+            self.bench.recipe.training,
+            lr=task.lr,
+            steps=task.steps,
+            seed=self.seed(task.site, task.round),
+            pack_seed=self.bench.pack_seed(task.site),
+            correction=change,
+            checkpoint=checkpoint,
+            interrupted=self.interrupted,
+            progress=on_step,
+        )
         with worn(self.bench.model, shape):
-            result = self.bench.objective.work(
-                self.bench.participant,
-                LocalWork(
-                    site.train,
-                    self.bench.recipe.training,
-                    lr=task.lr,
-                    steps=task.steps,
-                    seed=self.seed(task.site, task.round),
-                    pack_seed=self.bench.pack_seed(task.site),
-                    correction=change,
-                    checkpoint=checkpoint,
-                    interrupted=self.interrupted,
-                    progress=on_step,
-                ),
-            )
+            result = self.bench.objective.work(self.bench.participant, work)
         if not math.isfinite(result.loss):
             raise SiteError(f"the objective reported a training loss of {result.loss}", hint="lower training.lr")
         self._difference(theta, delta)
@@ -117,6 +121,12 @@ class TaskWork:
         if bound is not None:
             clip_(delta, bound)
         further, new_state = change.finish(delta, lr=task.lr, steps=result.num_steps)
+        if self.trainables.personal:
+            new_state["personal"] = self._kept("its personal parts", self.trainables.personal)
+        if isinstance(change, Own):
+            seed, steps = derive_seed(self.bench.recipe.seed, "own", task.site, task.round), change.steps(task.steps)
+            own = replace(work, steps=steps, seed=seed, correction=change.pull, checkpoint=own_checkpoint)
+            new_state["own"] = self._own(own, state.get("own", theta))
         # plain numbers: an objective of one's own may count in NumPy's or torch's
         metrics = {"loss": float(result.loss), "seconds": time.perf_counter() - began}
         if result.first_loss is not None:
@@ -130,9 +140,24 @@ class TaskWork:
         }
         return Trained(further, new_state, figures)
 
+    def _own(self, work: LocalWork, start: NamedTensors) -> NamedTensors:
+        """The site's own model after a turn of its own; at first it is the global one."""
+        self.trainables.shared.copy_(start)
+        self.bench.objective.work(self.bench.participant, work)
+        return self._kept("its own model", self.trainables.shared)
+
+    def _kept(self, what: str, tensors: NamedTensors) -> NamedTensors:
+        bad = first_non_finite(tensors)
+        if bad is not None:
+            raise SiteError(
+                f"training left NaN or infinity in {bad!r} ({what})",
+                hint="lower training.lr, or set training.clip_norm",
+            )
+        return on_cpu(tensors)
+
     @torch.no_grad()
     def _difference(self, theta: NamedTensors, delta: NamedTensors) -> None:
-        for dtype, flat in self.values.flats.items():
+        for dtype, flat in self.trainables.shared.flats.items():
             _difference(flat, theta.flats[dtype], delta.flats[dtype])
 
     def _choose(self, site: str, start: Mapping[str, Any], broadcast: Mapping[str, NamedTensors]) -> int:
@@ -142,7 +167,7 @@ class TaskWork:
             return clusters[0]
         rows, losses = rows_to_ask(start, self.bench.sites[site].train), []
         for cluster in clusters:
-            self.values.copy_(broadcast[channel_of(cluster)])
+            self.bench.take_up(broadcast[channel_of(cluster)])
             nats, labels, _ = score_tokens(self.bench.participant.language_model, rows)
             losses.append(float(nats.sum() / max(1, labels.sum())))
         return least(losses)
@@ -150,28 +175,63 @@ class TaskWork:
     def seed(self, who: str, round: int) -> int:
         return derive_seed(self.bench.recipe.seed, "work", who, round)
 
-    def evaluate(self, task: EvaluateTask, broadcast: Mapping[str, NamedTensors]) -> dict[str, Any]:
+    def evaluate(
+        self, task: EvaluateTask, broadcast: Mapping[str, NamedTensors], state: Mapping[str, NamedTensors] = NOTHING
+    ) -> dict[str, Any]:
+        """Scores by site; with them `alpha`, if the site has chosen it, and `cluster`, if there are any."""
         if task.arm == "base":
-            self.values.copy_(broadcast["theta"])
+            self.bench.take_up(broadcast["theta"])
             with self.bench.base_alone():
                 return self.score(task.sites, generate=task.generate)
+        if task.arm == "personal" and "own" in state:
+            (site,) = task.sites
+            alpha = self.choose(site, broadcast["theta"], state["own"]) if task.alpha is None else task.alpha
+            self.mix(broadcast["theta"], state["own"], alpha)
+            scores = self.score(task.sites, generate=task.generate)
+            return {site: {**scores[site], **({"alpha": alpha} if task.alpha is None else {})}}
         found: dict[str, Any] = {}
         cluster = -1
         for site in task.sites:
-            cluster = self._load(site, task.starts.get(site, FROM_THETA), broadcast, loaded=cluster)
+            cluster = self._load(site, task.starts.get(site, FROM_THETA), broadcast, state, loaded=cluster)
             found |= self.score((site,), generate=task.generate)
             if site in task.starts:
                 found[site]["cluster"] = cluster
         return found
 
     def _load(
-        self, site: str, start: Mapping[str, Any], broadcast: Mapping[str, NamedTensors], *, loaded: int = -1
+        self,
+        site: str,
+        start: Mapping[str, Any],
+        broadcast: Mapping[str, NamedTensors],
+        state: Mapping[str, NamedTensors],
+        *,
+        loaded: int = -1,
     ) -> int:
         """Put a site's global model into the trainables, unless it is what they hold; returns its cluster."""
         cluster = self._choose(site, start, broadcast)
         if cluster != loaded or len(candidates(start)) > 1:
-            self.values.copy_(broadcast[channel_of(cluster)])
+            self.bench.take_up(broadcast[channel_of(cluster)], state)
         return cluster
+
+    def mix(self, theta: NamedTensors, own: NamedTensors, alpha: float) -> None:
+        """Make the model α·v + (1 − α)·θ, tensor by tensor."""
+        for dtype, flat in self.trainables.shared.flats.items():
+            flat.copy_(torch.lerp(theta.flats[dtype], own.flats[dtype], alpha))
+
+    def choose(self, site: str, theta: NamedTensors, own: NamedTensors) -> float:
+        """The share of a site's own model with the lowest loss on the rows that it kept aside; the least among equals.
+
+        Raises:
+            SiteError: nothing was kept aside.
+        """
+        aside = self.bench.sites[site].aside
+        if aside is None:
+            raise SiteError("no rows were kept aside to choose by", hint="let the strategy say so (`aside`)")
+        losses = []
+        for alpha in ALPHAS:
+            self.mix(theta, own, alpha)
+            losses.append(float(score_tokens(self.bench.participant.language_model, aside)[0].sum()))
+        return ALPHAS[losses.index(min(losses))]
 
     def score(self, sites: tuple[str, ...], *, generate: bool) -> dict[str, Any]:
         recipe, found = self.bench.recipe, {}
@@ -187,14 +247,16 @@ class TaskWork:
             ).to_json()
         return found
 
-    def sample(self, task: SampleTask, broadcast: Mapping[str, NamedTensors]) -> dict[str, Any]:
+    def sample(
+        self, task: SampleTask, broadcast: Mapping[str, NamedTensors], state: Mapping[str, NamedTensors] = NOTHING
+    ) -> dict[str, Any]:
         if task.arm == "base":
-            self.values.copy_(broadcast["theta"])
+            self.bench.take_up(broadcast["theta"])
             with self.bench.base_alone():
                 return {"answers": [self._answer(*prompt) for prompt in task.prompts]}
         answers = []
         for site, row in task.prompts:
-            self._load(site, task.starts.get(site, FROM_THETA), broadcast)
+            self._load(site, task.starts.get(site, FROM_THETA), broadcast, state)
             answers.append(self._answer(site, row))
         return {"answers": answers}
 

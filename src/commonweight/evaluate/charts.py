@@ -59,21 +59,25 @@ def site_points(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
 
 
 def loss_curves(metrics: Mapping[str, Any]) -> str:
-    """Federated loss by round with faint sites, the other arms as horizontal lines; empty without a curve."""
+    """Federated loss by round with faint sites, that of sites' own models, the other arms as horizontal lines; empty
+    without a curve."""
     rounds = dig(metrics, "arms", "federated", "rounds") or []
     mean, by_site = curve_points(rounds), site_points(rounds)
     if len(mean) < 2:
         return ""
     lines = [Reference(a, text, loss) for a, text in REFERENCES.items() if (loss := macro_loss(metrics, a)) is not None]
     sites = list(by_site.values()) if len(by_site) <= FAINT_LINES else list(_band(by_site))
-    values = [loss for points in (mean, *sites) for _, loss in points] + [one.loss for one in lines]
+    own = curve_points(dig(metrics, "arms", "personal", "rounds") or [])
+    values = [loss for points in (mean, own, *sites) for _, loss in points] + [one.loss for one in lines]
     x, y = Scale(mean[0][0], mean[-1][0]), scale_over(values, start=CURVE_HEIGHT - 24, stop=8)
     shapes = [*_grid(y), *_round_labels([r for r, _ in mean], x, CURVE_HEIGHT), *_faint(by_site, x, y)]
     shapes += [line(0, y(one.loss), 100, y(one.loss), f"ref {one.arm}") for one in lines]
+    shapes += [_path(own, x, y, "curve personal")] if len(own) > 1 else []
     shapes.append(_path(mean, x, y, "curve federated"))
     dots = mean if len(mean) <= MAX_DOTS else mean[-1:]
     shapes += [mark(x(r), y(loss), "circle", 3.2, "dot federated", f"Round {r}: {number(loss, 3)}") for r, loss in dots]
     ends = [Reference("federated", "Together", mean[-1][1]), *lines]
+    ends += [Reference("personal", "Each with its own", own[-1][1])] if len(own) > 1 else []
     plot = drawing(*shapes, height=CURVE_HEIGHT, title="Held-out loss by round, in nats per token")
     return _legend(ends) + _framed(plot, _left_labels(y, CURVE_HEIGHT), _ends(ends, y))
 
@@ -129,7 +133,7 @@ def _ends(ends: Sequence[Reference], y: Scale) -> str:
 
 def _legend(ends: Sequence[Reference]) -> str:
     def item(one: Reference) -> str:
-        style = "curve" if one.arm == "federated" else "ref"
+        style = "curve" if one.arm in ("federated", "personal") else "ref"
         swatch = element("svg", line(0, 6, 100, 6, f"{style} {one.arm}"), width=28, height=12, aria_hidden="true")
         return element("li", swatch, f"{one.text} {number(one.loss)}")
 

@@ -22,6 +22,7 @@ ARMS = {
     "local": "Each site alone",
     "local_best": "Each site alone, at its best",
     "federated": "Together (federated)",
+    "personal": "Each site’s own model, from together",
     "centralised": "All data pooled",
 }
 RATES = ("token_accuracy", "exact_match", "choice_accuracy")
@@ -179,7 +180,7 @@ def summary_paragraphs(metrics: Metrics) -> list[list[str]]:
     """The sentences of `plain_summary` in three paragraphs: the outcome, the comparison, what left and how safely."""
     parts: tuple[tuple[Callable[[Metrics], str], ...], ...] = (
         (_who, _clusters, _losses, _perplexity),
-        (_verdicts, _pooling),
+        (_verdicts, _personal, _pooling),
         (_what_left, _missing_answers, _arrivals, _privacy, _simulation),
     )
     written = [[text for part in group if (text := part(metrics))] for group in parts]
@@ -248,6 +249,37 @@ def _verdicts(metrics: Metrics) -> str:
     if best:
         text += f"; against each site’s best round alone, {_tallied(best)}"
     return f"{text}."
+
+
+def personal_gains(metrics: Metrics) -> list[Row]:
+    """One row a site that has a model of its own: its loss beside the shared model's, the largest gain first.
+
+    Keys: `site`, `federated` and `personal` losses, `difference`, `ci95`, `verdict` (the own against the shared one),
+    `alone` (the verdict against local-only, or None), `alpha` (the share of its own that the site has chosen, or None).
+    """
+    shared, own = site_losses(metrics, "federated"), site_losses(metrics, "personal")
+    rows = []
+    for site, found in (metrics.get("personal") or {}).items():
+        against = found["federated"]
+        row: Row = {"site": site, "federated": shared.get(site), "personal": own.get(site), **against}
+        rows.append({**row, "alone": dig(found, "local", "verdict"), "alpha": finite(found.get("alpha"))})
+    return sorted(rows, key=lambda row: (row["difference"], row["site"]))
+
+
+def _personal(metrics: Metrics) -> str:
+    loss, rows = macro_loss(metrics, "personal"), personal_gains(metrics)
+    if loss is None or not rows:
+        return ""
+    text = f"With a model of its own beside the shared one, a site’s mean loss is {number(loss)}"
+    if len(rows) < 2:
+        return f"{text}."
+    counted_by = [("the shared model", "verdict"), ("training alone", "alone")]
+    told = []
+    for what, key in counted_by:
+        found = Counter(row[key] for row in rows if row[key] is not None)
+        if found:
+            told.append(f"compared with {what}, {_tallied({verdict: found[verdict] for verdict in VERDICTS})}")
+    return f"{text}: {'; '.join(told)}."
 
 
 def _every(total: int) -> str:

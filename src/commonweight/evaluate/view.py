@@ -11,7 +11,7 @@ from typing import Any
 
 from . import charts, rows
 from .cards import cards
-from .summary import controls_table, dig, gains, headline, num_seen, num_sites, summary_paragraphs
+from .summary import controls_table, dig, gains, headline, num_seen, num_sites, personal_gains, summary_paragraphs
 from .text import NONE, duration, finite, number, parts_in_words, percent, significant, size, span, surprise, whole
 
 RATES = {"token_accuracy": "Tokens right", "exact_match": "Exact answers", "choice_accuracy": "Right choices"}
@@ -41,6 +41,7 @@ def build_view(metrics: Metrics, recipe_yaml: str) -> View:
         "controls": controls(metrics),
         "sites": sites(metrics),
         "clusters": clusters(metrics),
+        "personal": personal(metrics),
         "curves_svg": charts.loss_curves(metrics),
         "turnout": turnout(metrics),
         "traffic_svg": charts.traffic_columns(_rounds(metrics)),
@@ -140,6 +141,24 @@ def _loss_chart(table: list[View]) -> View:
         "axis_svg": rows.axis(x, sign=False),
         "histogram_svg": hist if len(table) > MANY else "",
         "has_base": any(row["base"] is not None for row in table),
+    }
+
+
+def personal(metrics: Metrics) -> View:
+    """The sites that have models of their own, beside the shared one; the largest gain first."""
+    table = personal_gains(metrics)
+    return {
+        "rows": [
+            {
+                **row,
+                "numbers": [number(row["federated"], 3), number(row["personal"], 3)],
+                "saved": number(-row["difference"], sign=True),
+                "interval": span([-end for end in reversed(row["ci95"] or ())], sign=True),
+                "share": "" if row["alpha"] is None else percent(row["alpha"]),
+            }
+            for row in extremes(table)
+        ],
+        "chosen": any(row["alpha"] is not None for row in table),
     }
 
 

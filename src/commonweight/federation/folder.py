@@ -7,6 +7,7 @@ updates/NNNN-III.safetensors   accepted updates of the open round that were dear
 residuals/NNNN.safetensors  what round NNNN added to the frozen base, of strategies that do so (residuals.py)
 sites/III/NNNN.safetensors  a site's private state after round NNNN (III: the site's place in the run's order)
 controls/<arm>/III/         tensors of the control arms
+personal/III/               a site's own model, written when somebody asks for it
 adapter/                    the result
 """
 
@@ -111,8 +112,7 @@ class RunFolder:
         return self.path / "updates" / f"{round:04d}-{site:03d}.safetensors"
 
     def site_file(self, site: int, round: int) -> str:
-        """Relative to the run's folder."""
-        return f"sites/{site:03d}/{round:04d}.safetensors"
+        return site_file(site, round)
 
     def forget_before(self, round: int, keep_rounds: str | int) -> None:
         """Delete what the commit of `round` has made rubbish: other states, updates kept for it, adapters beyond
@@ -125,6 +125,11 @@ class RunFolder:
         if keep_rounds != "all":
             for folder in up_to_round(self.path / "rounds", round)[: -int(keep_rounds)]:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def site_file(site: int, round: int) -> str:
+    """A site's private state after a round, relative to the run's folder."""
+    return f"sites/{site:03d}/{round:04d}.safetensors"
 
 
 def up_to_round(folder: Path, round: int) -> list[Path]:
@@ -208,22 +213,31 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
         return sha256_of(temporary)
 
 
-def read_tensors(path: Path, layout: Layout, *, sha256: str | None = None) -> dict[str, NamedTensors]:
+def read_tensors(
+    path: Path, layout: Layout, *, sha256: str | None = None, others: Mapping[str, Layout] | None = None
+) -> dict[str, NamedTensors]:
     """Read what `write_tensors` wrote: groups of one layout, those called `slot/…` wide (`NamedTensors.zeros`).
+
+    Args:
+        others: groups that have another layout, if they are there.
 
     Raises:
         StateError: the file is missing, changed since (`sha256`), or of another layout.
     """
     raw = load_tensors(path, sha256=sha256)
-    groups: dict[str, dict[torch.dtype | None, torch.Tensor]] = {}
+    groups: dict[str, dict[str, torch.Tensor]] = {}
     for key, flat in raw.items():
         group, _, dtype = key.rpartition("/")
-        groups.setdefault(group, {})[_dtypes(layout).get(dtype)] = flat
+        groups.setdefault(group, {})[dtype] = flat
+    found = {}
     for group, flats in groups.items():
-        held = {d: (n, accumulator_dtype(d) if group.startswith("slot/") else d) for d, n in layout.numels.items()}
-        if {d: (f.numel(), f.dtype) for d, f in flats.items()} != held:
+        of = (others or {}).get(group, layout)
+        wide = group.startswith("slot/")
+        held = {name: (of.numels[d], accumulator_dtype(d) if wide else d) for name, d in _dtypes(of).items()}
+        if {name: (flat.numel(), flat.dtype) for name, flat in flats.items()} != held:
             raise StateError(f"{path} does not fit this model's trainable tensors ({group})", hint=DAMAGED)
-    return {group: NamedTensors(layout, {d: flats[d] for d in layout.numels}) for group, flats in groups.items()}
+        found[group] = NamedTensors(of, {dtype: flats[name] for name, dtype in _dtypes(of).items()})
+    return found
 
 
 def load_tensors(path: Path, *, sha256: str | None = None) -> dict[str, torch.Tensor]:

@@ -47,16 +47,21 @@ class EvaluateTask:
 
     Args:
         sites: on whose rows.
-        arm: `global` (the tensors last broadcast) or `base` (adapter off).
+        arm: `global` (the tensors last broadcast), `base` (adapter off), or `personal` (the site's own model, mixed
+            with the global one).
         generate: also generate an answer for each prompt, for exact match.
         starts: by site, which of several global models is the site's (`train/start.py`). Its result then says beside
             the scores which it was, as `cluster`.
+        state_in: file of the private state of the one site, whose parts then stand in the place of the initial ones.
+        alpha: `personal`: the share of the site's own model; None: the site chooses, and says so in the result.
     """
 
     sites: tuple[str, ...]
     arm: str = "global"
     generate: bool = False
     starts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    state_in: str | None = None
+    alpha: float | None = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,12 @@ class ChainTask:
 @dataclass(frozen=True)
 class SampleTask:
     """Answer held-out prompts: `prompts` are (site, index of its held-out row). The result has `answers`, in their
-    order. `starts` as in `EvaluateTask`."""
+    order. `starts` and `state_in` are as in `EvaluateTask`."""
 
     prompts: tuple[tuple[str, int], ...]
     arm: str = "global"
     starts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    state_in: str | None = None
 
 
 Task = TrainTask | EvaluateTask | ChainTask | SampleTask

@@ -32,7 +32,7 @@ class Record:
 
     def _evaluated(self) -> tuple[str, ...]:
         found = set(self.sites.names)
-        for key in ("scores/base", "scores/federated"):
+        for key in ("scores/base", "scores/federated", "scores/personal"):
             scores = self.journal.get(key)
             found &= set(scores["sites"]) if scores is not None else found
         local = {site for site in found if self._has_local(site)}
@@ -55,7 +55,11 @@ class Record:
         base = self._scores("scores/base")
         if base is not None:
             arms["base"] = self._arm(base, self._seconds("scores/base"))
-        arms["federated"] = {**self._arm(federated, facts["seconds"]["federated"]), "rounds": self._curve()}
+        arms["federated"] = {**self._arm(federated, facts["seconds"]["federated"]), "rounds": self._curve("federated")}
+        personal = self._scores("scores/personal")
+        if personal is not None:
+            seconds = self._seconds("scores/personal")
+            arms["personal"] = {**self._arm(personal, seconds), "rounds": self._curve("personal")}
         arms |= self._centralised()
         local, best = self._local()
         if local:
@@ -67,6 +71,7 @@ class Record:
             "seed": self.recipe.seed,
             "arms": arms,
             "gains": self._gains(federated, local, best),
+            **({"personal": self._personal(personal, federated, local)} if personal is not None else {}),
             "rounds": rounds,
             "bytes": {
                 "up": sum(r["bytes_up"] for r in rounds),
@@ -128,10 +133,10 @@ class Record:
                 found[rate] = macro(sites, rate)
         return found
 
-    def _curve(self) -> list[dict[str, Any]]:
+    def _curve(self, arm: str) -> list[dict[str, Any]]:
         points = []
         for number in range(self.recipe.federation.rounds + 1):
-            sums = self.journal.get(f"curve/federated/{number:04d}")
+            sums = self.journal.get(f"curve/{arm}/{number:04d}")
             if sums is not None:
                 losses = {site: nats / max(1, tokens) for site, (nats, tokens) in sums.items()}
                 points.append({"round": number, "macro_loss": _mean(losses.values()), "sites": losses})
@@ -189,6 +194,20 @@ class Record:
                 "local_best": compare(federated[site], best[site], self._groups(site, local[site]), **options),
             }
             for site in local
+        }
+
+    def _personal(self, personal: BySite, federated: BySite, local: BySite) -> dict[str, Any]:
+        """By site: its own model against the global one and against training alone, and the share that it chose."""
+        found = self.journal.get("scores/personal")
+        assert found is not None
+        options, alphas = self._options(), found.get("alpha", {})
+        return {
+            site: {
+                "federated": compare(scores, federated[site], self._groups(site, scores), **options),
+                **({"local": compare(scores, local[site], self._groups(site, scores), **options)} if local else {}),
+                **({"alpha": alphas[site]} if site in alphas else {}),
+            }
+            for site, scores in personal.items()
         }
 
     def _samples(self) -> list[dict[str, Any]]:

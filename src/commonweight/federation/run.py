@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import QuorumError, UpdateRefused
+from ..recipe.compatibility import personal_parts
 from ..recipe.schema import Recipe
 from ..strategies.base import Strategy
 from ..strategies.update import Update
@@ -63,6 +64,8 @@ class FederatedRun:
         model.clusters = clusters_in_rounds(journal)
         evaluation.start = self._start_of_evaluation
         self._enter(journal.last_round() + 1)
+        self.keeps_state = strategy.site_state or bool(personal_parts(recipe))
+        evaluation.state_of = self.state_of
 
     def run(self) -> None:
         """Carry the global model through every round that is not committed yet, and evaluate the last.
@@ -131,16 +134,14 @@ class FederatedRun:
         yield from fresh
 
     def _task(self, number: int, site: str, lr: float, cohort: int) -> TrainTask:
-        before = self.last_answered.get(site)
-        state = self.strategy.site_state
         return TrainTask(
             number,
             site,
             lr,
             self.sites.steps[site],
             correction=self.strategy.correction(),
-            state_in=self.shelf.site_file(site, before) if state and before is not None else None,
-            state_out=self.shelf.site_file(site, number) if state else None,
+            state_in=self.state_of(site),
+            state_out=self.shelf.site_file(site, number) if self.keeps_state else None,
             cohort=cohort,
             start=self._start(number, site),
         )
@@ -155,6 +156,11 @@ class FederatedRun:
         if cluster is None or final:
             return self._start(self._number, site)
         return {"kind": "cluster", "cluster": cluster}
+
+    def state_of(self, site: str) -> str | None:
+        """The file of a site's private state as it is true now: after the last round that it answered."""
+        before = self.last_answered.get(site)
+        return self.shelf.site_file(site, before) if self.keeps_state and before is not None else None
 
     def _hear(self, round: Round, outcome: Outcome, tally: Tally, timing: Timing) -> Round:
         """Take in one outcome: fold an update, note a failure, or keep an evaluation."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 from uuid import uuid4
 
 from ..data.names import require_sites
-from ..data.sites import Site
-from ..engines.bench import Bench, build_bench
+from ..engines.bench import Bench, build_bench, without_data
 from ..engines.handshake import handshake
 from ..errors import RecipeError
 from ..identity.folder import IdentityFolder
@@ -59,11 +57,7 @@ def model_bench(recipe: Recipe) -> Bench:
     Raises:
         ModelError, RecipeError: as `build_bench`.
     """
-    return build_bench(recipe, gather=_no_data)
-
-
-def _no_data(spec: Any, *, seed: int, tokenizer: Any, max_tokens: int) -> tuple[list[Site], dict[str, Any]]:
-    return [], {}
+    return build_bench(recipe, gather=without_data)
 
 
 def prepare(

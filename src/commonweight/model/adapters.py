@@ -54,14 +54,8 @@ def freeze(model: Any, part: str) -> NamedTensors:
     Raises:
         ModelError: the adapter has no such part, or has pairs of which it is not the half that starts at random.
     """
+    refuse_embeddings(model, "frozen")
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    # peft starts an embedding's pair the other way round, A at zero: B alone could never learn anything there
-    reverse = next((name for name in trainable if "lora_embedding_" in name), None)
-    if reverse is not None:
-        raise ModelError(
-            f"the adapter has a pair on an embedding ({reverse}), whose halves cannot be frozen apart",
-            hint="leave the embedding out of model.adapter.targets, or use federation.strategy fedavg",
-        )
     frozen = {name: parameter for name, parameter in trainable.items() if has_part(name, part)}
     if not frozen:
         raise ModelError(
@@ -71,6 +65,17 @@ def freeze(model: Any, part: str) -> NamedTensors:
     for parameter in frozen.values():
         parameter.requires_grad_(False)
     return NamedTensors.of(frozen)
+
+
+def refuse_embeddings(model: Any, what: str) -> None:
+    """Raises ModelError: the adapter has a pair on an embedding, and pairs are to be `what` by halves."""
+    # peft starts an embedding's pair the other way round, A at zero: B alone could never learn anything there
+    reverse = next((n for n, p in model.named_parameters() if p.requires_grad and "lora_embedding_" in n), None)
+    if reverse is not None:
+        raise ModelError(
+            f"the adapter has a pair on an embedding ({reverse}), whose halves cannot be {what} apart",
+            hint="leave the embedding out of model.adapter.targets, or use federation.strategy fedavg",
+        )
 
 
 def _check_targets(base: Base, spec: AdapterSpec) -> None:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,11 +44,11 @@ class Layout:
     entries: tuple[Entry, ...]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
-        """The layout that holds these tensors, sorted by name."""
+    def of(cls, tensors: Mapping[str, Tensor], *, last: Collection[str] = ()) -> Layout:
+        """The layout that holds these tensors, sorted by name, those of the names `last` behind the others."""
         used: dict[torch.dtype, int] = {}
         entries = []
-        for name in sorted(tensors):
+        for name in sorted(tensors, key=lambda name: (name in last, name)):
             tensor = tensors[name]
             offset = used.get(tensor.dtype, 0)
             entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), offset, tensor.numel()))
@@ -104,9 +104,9 @@ class NamedTensors(Mapping[str, Tensor]):
         self.flats = flats
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> NamedTensors:
-        """A copy of these tensors on one device."""
-        layout = Layout.of(tensors)
+    def of(cls, tensors: Mapping[str, Tensor], *, last: Collection[str] = ()) -> NamedTensors:
+        """A copy of these tensors on one device; `last` as in `Layout.of`."""
+        layout = Layout.of(tensors, last=last)
         device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
         made = cls.empty(layout, device)
         for name, view in made.items():
@@ -147,6 +147,17 @@ class NamedTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.layout.entries)
 
+    def split(self, last: Collection[str]) -> tuple[NamedTensors, NamedTensors]:
+        """Views of the other tensors and of those that were laid out last, each of the layout that they have alone."""
+        if not last:
+            return self, NamedTensors(Layout(()), {})
+        first, rest = (Layout.of({n: t for n, t in self.items() if (n in last) is late}) for late in (False, True))
+        start = first.numels
+        return (
+            NamedTensors(first, {dtype: self.flats[dtype][:numel] for dtype, numel in start.items()}),
+            NamedTensors(rest, {dtype: self.flats[dtype][start.get(dtype, 0) :] for dtype in rest.numels}),
+        )
+
     def floating(self) -> Iterator[tuple[torch.dtype, Tensor]]:
         """(layout dtype, flat) of the floating dtypes: those that may be averaged."""
         return ((dtype, flat) for dtype, flat in self.flats.items() if dtype.is_floating_point)
@@ -178,6 +189,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's bytes, without a copy if it lies contiguous in the CPU's memory."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(raw)  # type: ignore[arg-type]  # an array is a buffer; its stub does not say so before Python 3.12
+
+
+def on_cpu(tensors: NamedTensors) -> NamedTensors:
+    """A copy in the CPU's memory."""
+    return NamedTensors(tensors.layout, {dtype: flat.detach().cpu().clone() for dtype, flat in tensors.flats.items()})
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -82,6 +82,13 @@ FEATURES = (
         "Give the sites speeds, such as federation.clock: {slowest: 1, fastest: 10}, or use the strategy fedavg",
     ),
     Feature(
+        "personal parts",
+        lambda recipe, network: bool(recipe.federation.personal),
+        lambda strategy: not (_is(strategy, "pairs") or _is(strategy, "own_model") or _is(strategy, "asynchronous")),
+        "it works on LoRA's pairs as a whole, keeps a whole model at each site already, or has no rounds",
+        "Leave federation.personal out, or use it with the strategy fedavg",
+    ),
+    Feature(
         "deadlines, over-selection",
         lambda recipe, network: recipe.federation.deadline_s is not None or recipe.federation.over_selection > 1,
         lambda strategy: not _is(strategy, "asynchronous"),
@@ -104,6 +111,19 @@ FEATURES = (
         "Leave federation.relays out, or use a strategy with needs = sum, such as fedavg",
     ),
 )
+
+
+def personal_parts(recipe: Recipe) -> tuple[str, ...]:
+    """Parts of the names of tensors that stay at their sites: the recipe's, or those that its strategy keeps there.
+
+    A site need not have the code of a strategy, which runs at the coordinator: if it keeps something at the sites, the
+    layouts then differ, and the handshake says so.
+    """
+    try:
+        strategy = resolve("strategy", recipe.federation.strategy.name)
+    except RecipeError:
+        return tuple(recipe.federation.personal)
+    return (*(_is(strategy, "personal") or ()), *recipe.federation.personal)
 
 
 def pairings(strategy: type[Any]) -> dict[str, bool]:

@@ -471,6 +471,11 @@ class FederationSpec(Section):
         description="Regions: a relay's name, and the sites whose updates it adds up before the coordinator gets their "
         "sum alone. `{north: [clinic, hospital]}`. A site that is in none sends to the coordinator.",
     )
+    personal: list[Annotated[str, Field(pattern=r"^[^.\s]+(\.[^.\s]+)*$")]] = Field(
+        [],
+        description="Tensors that each site trains and keeps to itself, by parts of their names: `[layers.3]` is a "
+        "block, `[lora_B]` a half of every LoRA pair. They are never sent or averaged; a site uses its own.",
+    )
     clock: ClockSpec = Field(default_factory=ClockSpec, description="Simulation: the sites' speeds.")
     weighting: Literal["examples", "tokens", "uniform"] = Field(
         "examples", description="A site's weight in the mean: examples or label tokens it trained on, or all alike."

@@ -2,8 +2,10 @@
 
 runs/<run>/joined.json                what was joined, so that a restarted site opens it again by itself
 runs/<run>/checkpoint.safetensors     the training task under way
-runs/<run>/state/NNNN.safetensors     this site's private state after round NNNN (SCAFFOLD's cᵢ)
+runs/<run>/own.safetensors            the same, of this site's own model (Ditto)
+runs/<run>/state/NNNN.safetensors     this site's private state after round NNNN (SCAFFOLD's cᵢ, Ditto's vᵢ)
 runs/<run>/controls/<digest>/         the local control arm
+runs/<run>/personal/                  the model that this site uses, as an adapter; it stays when the run has ended
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,13 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import SiteError, StateError
-from ..federation.folder import read_tensors, replacing, write_json, write_tensors
+from ..federation.folder import read_tensors, replacing, storage_errors, write_json, write_tensors
 from ..federation.messages import ChainTask, TrainTask
 from ..model.tensors import Layout, NamedTensors
 
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ROUND_FILE = re.compile(r"(?:.*/)?(\d{1,9})\.safetensors")
-_NAMES = ("joined.json", "checkpoint.safetensors", "state", "controls")
+_NEW, _OLD = ".personal.new", ".personal.old"
+_NAMES = ("joined.json", "checkpoint.safetensors", "own.safetensors", "state", "controls", _NEW, _OLD)
 
 
 class JobLike(Protocol):
@@ -74,6 +77,8 @@ class RunFiles:
             raise SiteError(f"{run[:80]!r} is no run's id", hint="an id has letters, digits, `.`, `_` and `-` only")
         self.run, self.folder = run, folder / "runs" / run
         self.checkpoint = self.folder / "checkpoint.safetensors"
+        self.own_checkpoint = self.folder / "own.safetensors"
+        self.personal = self.folder / "personal"
 
     def joined(self) -> Joined | None:
         """What the run was joined with, or None.
@@ -92,8 +97,13 @@ class RunFiles:
     def note(self, joined: Joined) -> None:
         write_json(self.folder / "joined.json", asdict(joined))
 
-    def private_state(self, task: TrainTask, layout: Layout) -> dict[str, NamedTensors]:
+    def private_state(
+        self, task: TrainTask, layout: Layout, others: Mapping[str, Layout] | None = None
+    ) -> dict[str, NamedTensors]:
         """The private state that a task starts from; earlier ones are then deleted, as no task will name them again.
+
+        Args:
+            others: as in `read_tensors`.
 
         Raises:
             SiteError: it is missing, or the task names rounds that make no sense.
@@ -102,6 +112,22 @@ class RunFiles:
         before, after = _round_of(task.state_in), _round_of(task.state_out)
         if after not in (None, task.round) or (before is not None and before >= task.round):
             raise SiteError(f"round {task.round}'s task names private state of the rounds {before} and {after}")
+        state = self.state_in(task.state_in, layout, others)
+        for file in (self.folder / "state").glob("*.safetensors"):
+            if before is not None and file.stem.isdigit() and int(file.stem) < before:
+                file.unlink(missing_ok=True)
+        return state
+
+    def state_in(
+        self, name: str | None, layout: Layout, others: Mapping[str, Layout] | None = None
+    ) -> dict[str, NamedTensors]:
+        """The private state that a task names, of which the round alone counts; empty if it names none.
+
+        Raises:
+            SiteError: it is missing, or names no round.
+            StateError: it is damaged.
+        """
+        before = _round_of(name)
         if before is None:
             return {}
         path = self._state(before)
@@ -110,11 +136,7 @@ class RunFiles:
                 f"this site's private state after round {before} of run {self.run} is missing",
                 hint="put the site's folder back as it was; without it the site cannot go on in this run",
             )
-        state = read_tensors(path, layout)
-        for file in path.parent.glob("*.safetensors"):
-            if file.stem.isdigit() and int(file.stem) < before:
-                file.unlink(missing_ok=True)
-        return state
+        return read_tensors(path, layout, others=others)
 
     def keep_private_state(self, task: TrainTask, state: Mapping[str, NamedTensors]) -> None:
         """Write the state that a task leaves, if its strategy has any."""
@@ -124,12 +146,26 @@ class RunFiles:
     def _state(self, round: int) -> Path:
         return self.folder / "state" / f"{round:04d}.safetensors"
 
+    @contextmanager
+    def keeping_personal(self) -> Iterator[Path]:
+        """A folder to write this site's model into, which takes the place of the one before when the block ends
+        well."""
+        new, old = self.folder / _NEW, self.folder / _OLD
+        shutil.rmtree(new, ignore_errors=True)
+        yield new
+        shutil.rmtree(old, ignore_errors=True)
+        with storage_errors(self.personal):
+            if self.personal.exists():
+                self.personal.rename(old)
+            new.rename(self.personal)
+        shutil.rmtree(old, ignore_errors=True)
+
     def control_folder(self, task: ChainTask) -> str:
         """Where a control arm's tensors are kept, relative to the folder: the same for the same task only."""
         return f"controls/{hashlib.sha256(json.dumps(asdict(task), sort_keys=True).encode()).hexdigest()[:16]}"
 
     def sweep(self) -> None:
-        """Delete all of them."""
+        """Delete all of them but the site's own model."""
         for path in (self.folder / name for name in _NAMES):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -43,7 +43,13 @@ Progress = Callable[[str], None]
 
 _MAX_RECIPE_CHARACTERS = 1 << 20
 #: kinds of corrections, and the channels that each needs of the base
-_CORRECTIONS = {"none": ("theta",), "prox": ("theta",), "scaffold": ("theta", "control"), "freeze": ("theta",)}
+_CORRECTIONS = {
+    "none": ("theta",),
+    "prox": ("theta",),
+    "own": ("theta",),
+    "scaffold": ("theta", "control"),
+    "freeze": ("theta",),
+}
 #: torch's random numbers and threads belong to the whole process: one piece of work at a time, whosever it is
 _TURN = threading.Lock()
 _TURN_POLL_S = 0.1
@@ -190,15 +196,17 @@ class RecipeWorkshop:
             bench, files = self._bench(run, progress), self._files(run)
             needed = (*_CORRECTIONS[task.correction["kind"]], *_channels(task.start))
             tensors = _fitting(base, bench.theta.layout, needed)
-            state = files.private_state(task, bench.theta.layout)
+            state = files.private_state(task, bench.theta.layout, bench.state_layouts)
             work = self._work(run, bench, cancelled)
             delta = NamedTensors.empty(bench.theta.layout)
+            digest = base_digest or _digest(tensors)
             done = work.train(
                 replace(task, site=self.local_name),
                 tensors,
                 delta,
                 state,
-                checkpoint=self._checkpoint(files, task, work, base_digest or _digest(tensors)),
+                checkpoint=self._checkpoint(files.checkpoint, task, work, digest),
+                own_checkpoint=self._checkpoint(files.own_checkpoint, task, work, digest),
                 on_step=lambda steps: progress(f"step {steps} of {task.steps}"),
             )
             shape = bench.shapes.get(self.local_name)
@@ -229,9 +237,9 @@ class RecipeWorkshop:
             work = self._work(run, self._bench(run, progress), cancelled, _chain_progress(task, progress))
             match task:
                 case EvaluateTask():
-                    return self._evaluate(work, task, base)
+                    return self._evaluate(work, task, base, self._files(run))
                 case SampleTask():
-                    return self._sample(work, task, base)
+                    return self._sample(work, task, base, self._files(run))
                 case ChainTask():
                     return self._chain(work, task, self._files(run))
 
@@ -345,10 +353,11 @@ class RecipeWorkshop:
         interrupted = lambda: run in self._ended or cancelled()  # noqa: E731
         return TaskWork(bench, self._files(run).folder, tell, interrupted=interrupted)
 
-    def _checkpoint(self, files: RunFiles, task: TrainTask, work: TaskWork, base: str) -> FileCheckpoint:
+    def _checkpoint(self, path: Path, task: TrainTask, work: TaskWork, base: str) -> FileCheckpoint:
         bench = work.bench
         identity = {
-            "run": files.run,
+            "run": path.parent.name,
+            "file": path.name,
             "round": task.round,
             "site": task.site,
             "base": base,
@@ -362,7 +371,7 @@ class RecipeWorkshop:
             "layout": bench.theta.layout.digest,
         }
         every_s = self.checkpoint_s
-        return FileCheckpoint(files.checkpoint, identity, write_checkpoint, every_s=every_s, clock=self.clock)
+        return FileCheckpoint(path, identity, write_checkpoint, every_s=every_s, clock=self.clock)
 
     @contextmanager
     def _turn(self, what: str, cancelled: Callable[[], bool]) -> Iterator[None]:
@@ -405,21 +414,32 @@ class RecipeWorkshop:
             about = ", ".join(sites)[:200] or "no site"
             raise SiteError(f"the task is about {about}, but this site, {name}, answers for itself only")
 
-    def _evaluate(self, work: TaskWork, task: EvaluateTask, base: Channels) -> dict[str, Any]:
+    def _evaluate(self, work: TaskWork, task: EvaluateTask, base: Channels, files: RunFiles) -> dict[str, Any]:
+        """The scores alone: what share of its own model the site has chosen stays here. If what was scored is the
+        model that the site uses, it is kept for its people."""
         self._check_sites(tuple(task.sites))
-        starts = self._own_start(task)
+        bench, starts = work.bench, self._own_start(task)
         local = replace(task, sites=(self.local_name,), starts=starts)
-        return self._by_name(work.evaluate(local, _models(work.bench, task.arm, base, starts)))
+        if task.alpha is not None and not 0 <= task.alpha <= 1:
+            raise SiteError(f"the task asks for a share of {task.alpha} of this site's own model")
+        state = files.state_in(task.state_in, bench.theta.layout, bench.state_layouts)
+        found = work.evaluate(local, _models(bench, task.arm, base, starts), state)
+        found[self.local_name].pop("alpha", None)
+        if task.arm == "personal" or (task.arm == "global" and bench.personal):
+            with files.keeping_personal() as folder:
+                bench.save_as_is(folder, tokenizer=True)
+        return self._by_name(found)
 
-    def _sample(self, work: TaskWork, task: SampleTask, base: Channels) -> dict[str, Any]:
+    def _sample(self, work: TaskWork, task: SampleTask, base: Channels, files: RunFiles) -> dict[str, Any]:
         self._check_sites(tuple(site for site, _ in task.prompts))
         name, (site,) = self.local_name, work.bench.sites.values()
         for _, row in task.prompts:
             if not 0 <= row < len(site.heldout):
                 raise SiteError(f"the task asks for held-out row {row}; this site has {len(site.heldout)}")
-        starts = self._own_start(task)
+        bench, starts = work.bench, self._own_start(task)
         local = replace(task, prompts=tuple((name, row) for _, row in task.prompts), starts=starts)
-        found = work.sample(local, _models(work.bench, task.arm, base, starts))
+        state = files.state_in(task.state_in, bench.theta.layout, bench.state_layouts)
+        found = work.sample(local, _models(bench, task.arm, base, starts), state)
         return {"answers": [{**answer, "site": self.settings.name} for answer in found["answers"]]}
 
     def _chain(self, work: TaskWork, task: ChainTask, files: RunFiles) -> dict[str, Any]:
@@ -514,7 +534,7 @@ def _channels(start: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _models(bench: Bench, arm: str, base: Channels, starts: Mapping[str, Mapping[str, Any]]) -> Channels:
     """The model that a task is about; those that it may be, if the site is to find out."""
-    if arm not in ("base", "global"):
+    if arm not in ("base", "global", "personal"):
         raise SiteError(f"the task is about an arm {arm!r}, which is not known here")
     if arm == "base":
         return {"theta": bench.theta}  # switched off, or, where every weight is trained, the base itself

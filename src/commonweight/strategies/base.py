@@ -96,6 +96,12 @@ class Strategy(ABC):
     #: tensors that are never trained, sent or averaged: those whose dotted names have this part (`lora_A`); "": none
     frozen: ClassVar[str] = ""
 
+    #: tensors that each site trains and keeps to itself, never sent or averaged: those whose names have such a part
+    personal: ClassVar[tuple[str, ...]] = ()
+
+    #: whether each site trains a whole model of its own beside the global one, and uses `alpha` of it
+    own_model: ClassVar[bool] = False
+
     #: whether it works on LoRA's pairs A, B and means nothing without them
     pairs: ClassVar[bool] = False
     #: whether it combines sites that hold different parts of a LoRA adapter (`shapes`); such a strategy has `pairs`
@@ -123,9 +129,21 @@ class Strategy(ABC):
     def check(self, num_sites: int) -> None:  # noqa: B027  # most strategies are content with any number
         """Raises RecipeError: a round to which `num_sites` sites are invited is too small for what it promises."""
 
+    @property
+    def alpha(self) -> float | None:
+        """With `own_model`: the share of its own model in what a site uses, or None: each site chooses it, on training
+        rows that it has kept aside."""
+        return 1.0
+
+    @property
+    def aside(self) -> float:
+        """The share of each site's training rows that nothing is trained on, for the choice of `alpha`."""
+        return 0.0
+
     def correction(self) -> dict[str, Any]:
-        """What a site changes in its local steps: `{"kind": "none"}`, `{"kind": "prox", "mu": …}`,
-        `{"kind": "scaffold"}` or `{"kind": "freeze", "in_turn": […]}`, parts of names that rest, one a round.
+        """What a site changes in its local work: `{"kind": "none"}`, `{"kind": "prox", "mu": …}`,
+        `{"kind": "own", "pull": …, "effort": …}` (a model of its own beside it), `{"kind": "scaffold"}` or `{"kind":
+        "freeze", "in_turn": […]}`, parts of names that rest, one a round.
         """
         return {"kind": "none"}
 

@@ -6,6 +6,7 @@ something from moving also has a word after the optimizer's step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ class Correction(Protocol):
     """A change to the local gradient, and what the site must then remember and send."""
 
     def adjust(self, values: NamedTensors, gradients: NamedTensors) -> None:
-        """Change the gradients in place, given the current values θᵢ."""
+        """Change the gradients in place, given the current values θᵢ: of the tensors that are shared."""
 
     def settle(self, values: NamedTensors) -> None:
         """After the optimizer's step: change the values θᵢ in place."""
@@ -55,6 +56,23 @@ class Prox(NoCorrection):
         for dtype, gradient in gradients.floating():
             theta = self.theta.flats[dtype].to(gradient.device)
             gradient.add_(values.flats[dtype] - theta, alpha=self.mu)
+
+
+class Own(NoCorrection):
+    """The global model is trained as by FedAvg; beside it the site trains a model of its own, for steps of
+    v ← v − η(∇L(v) + λ(v − θ)) (Li 2021, arXiv:2012.04221, algorithm 1; λ = 0 leaves it to itself).
+
+    Args:
+        pull: λ.
+        effort: its optimizer steps for each of the global model's.
+    """
+
+    def __init__(self, theta: NamedTensors, pull: float, effort: float) -> None:
+        self.pull, self.effort = Prox(theta, pull) if pull else NoCorrection(), effort
+
+    def steps(self, steps: int) -> int:
+        """Of its own model, where the global one takes so many."""
+        return max(1, math.floor(self.effort * steps + 1e-9))
 
 
 class Scaffold(NoCorrection):
@@ -154,11 +172,13 @@ def correction(
         return NoCorrection()
     if kind == "prox":
         return Prox(theta, float(spec["mu"]))
+    if kind == "own":
+        return Own(theta, float(spec["pull"]), float(spec["effort"]))
     if kind == "scaffold":
         return Scaffold(broadcast["control"], site_state.get("control"))
     if kind == "freeze":
         return Freeze(theta, list(spec["in_turn"]), round)
     raise SiteError(
         f"the strategy asks for a correction {kind!r}, which is not known here",
-        hint="known are none, prox, scaffold and freeze; install the version of commonweight that has it",
+        hint="known are none, prox, own, scaffold and freeze; install the version of commonweight that has it",
     )

@@ -175,11 +175,11 @@ class GradientObjective(Objective):
         for micro in batches.micro_batches(task.tokens, batch, size, model.device):
             nats += self.backward(model, micro, 1.0 / labels)
         change = task.correction or NoCorrection()
-        change.adjust(trainables.values, trainables.gradients)
+        change.adjust(trainables.shared, trainables.shared_gradients)
         if task.spec.clip_norm is not None:
             clip(trainables, task.spec.clip_norm)
         optimizer.step()
-        change.settle(trainables.values)
+        change.settle(trainables.shared)
         return nats, labels
 
 
