@@ -33,7 +33,8 @@ EVALUATION = {"controls": ["base"], "samples": 1, "max_new_tokens": 4}
 def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """FedAvg; SCAFFOLD, with private state at the sites; a cohort that is a part of the sites; LoRA's halves frozen for
     good (the frozen one is never sent) or in turn; strategies that need each update by itself; clusters, which sites
-    choose or are put into; and sites that send a part of the adapter."""
+    choose or are put into; parts and models that stay at the sites, of which each site has the very adapter that a run
+    on one machine gives it; and sites that send a part of the adapter."""
     variants: dict[str, dict[str, Any]] = {
         "fedavg": {},
         "scaffold": {"strategy": "scaffold"},
@@ -44,6 +45,9 @@ def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp
         "flexlora": {"strategy": "flexlora"},
         "ifca": {"strategy": {"name": "ifca", "warm_up": 1, "rows": 8}},
         "similarity": {"cohort": 2, "strategy": {"name": "similarity", "warm_up": 1}},
+        "fedsa-lora": {"strategy": "fedsa-lora", "cohort": 2},
+        "ditto": {"strategy": "ditto"},
+        "interpolation": {"strategy": "interpolation"},
     }
     recipes = {name: make_recipe(name=name, federation=f, evaluation=EVALUATION) for name, f in variants.items()}
     adapter = {"r": 4, "sites": {"south": {"r": 3, "alpha": 5, "layers": [1]}}, "budget": {"west": 0.5}}
@@ -65,6 +69,8 @@ def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp
             fetched, here = (adapters(tmp_path / folder) for folder in (name, f"{name}-here"))
             assert len(here) == (1 + len(expected["clusters"]["found"]) if "clusters" in expected else 1)
             assert fetched == here, name
+            if name in ("fedsa-lora", "ditto", "interpolation"):
+                sites_keep_their_own(federation, name, tmp_path)
         no_rounds(federation, make_recipe(name="fedbuff", federation=FEDBUFF, evaluation=EVALUATION), tmp_path)
         policy = load_policy(tmp_path / "federation" / "sites" / "north")
         assert policy.models == [expected["model"]["digest"]]
@@ -124,6 +130,21 @@ def test_relays_give_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp_path: 
         without = at_work.carry_out(shorter, tmp_path / "without")
         flat = make_recipe(federation={**federation, "relays": {"lowland": ["west"]}}, evaluation={"samples": 0})
         assert without["adapter"]["digest"] == run(flat, tmp_path / "flat")["adapter"]["digest"]
+
+
+def sites_keep_their_own(federation: Sandbox, run: str, folder: Path) -> None:
+    own = set()
+    for site in SITES:
+        there, here = folder / f"{run}-{site}", folder / f"{run}-{site}-here"
+        kept = call("site", "export", federation.folder / "sites" / site, run, there, "--json")
+        assert kept.code == 0, kept.err
+        assert call("export", folder / f"{run}-here", here, "--site", site).code == 0
+        tensors = [(path / "adapter_model.safetensors").read_bytes() for path in (there, here)]
+        assert tensors[0] == tensors[1], (run, site)
+        own.add(tensors[0])
+    assert len(own) > 1
+    elsewhere = call("export", folder / run, folder / "x", "--site", "north")
+    assert (elsewhere.code, "it is not here" in elsewhere.err) == (6, True)
 
 
 def a_person_approves(federation: Sandbox, recipe: Recipe, model: str, folder: Path) -> None:

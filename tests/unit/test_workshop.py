@@ -209,7 +209,7 @@ def one_round(
 
 def train_task(number: int, name: str, strategy: Any, bench: Bench) -> TrainTask:
     place = list(bench.sites).index(name)
-    keeps = strategy.site_state
+    keeps = strategy.site_state or bool(bench.personal)
     return TrainTask(
         number,
         name,
