@@ -8,7 +8,8 @@ All strategies run the federated arm of the recipe: the same sites, rows, local 
 strategy is given the options of `OPTIONS` below, or those of a JSON file {name: {option: value}}; others keep their
 defaults. One that does not go with the recipe (`commonweight methods`) is listed with the reason.
 
-    loss            held-out nats a token after the last round, mean over sites, which count alike; ± s.d. over seeds
+    loss            held-out nats a token after the last round, of the model that a site uses (its own, if it has one),
+                    mean over sites, which count alike; ± s.d. over seeds
     worst           the worst site's loss
     up, down        MB that left the sites and that reached them, in all rounds
     server          seconds of folding and committing a round
@@ -51,7 +52,7 @@ def measured(recipe: str, overrides: list[str], strategy: str, options: dict[str
     check_methods(loaded)
     with tempfile.TemporaryDirectory() as folder:
         metrics = run(loaded, Path(folder) / "run")
-    arm, rounds = metrics["arms"]["federated"], metrics["rounds"]
+    arm, rounds = metrics["arms"].get("personal", metrics["arms"]["federated"]), metrics["rounds"]
     return {
         "loss": arm["macro_loss"],
         "worst": max(site["loss"] for site in arm["sites"].values()),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +36,7 @@ from commonweight.recipe import Recipe
 from commonweight.recipe.load import check_methods
 from commonweight.recipe.schema import TrainingSpec
 from commonweight.registry import resolve
+from commonweight.site.workshop import Cancelled
 from commonweight.strategies.ditto import Ditto
 from commonweight.strategies.interpolation import Interpolation
 from commonweight.strategies.lora.fedsa_lora import FedSALoRA
@@ -498,6 +501,30 @@ def test_sites_of_their_own_have_the_bits_of_the_in_process_engine_and_keep_thei
             assert (kept / "personal" / ADAPTER).exists()
             workshop.forget("run-1")
             assert [path.name for path in kept.iterdir()] == ["personal"]
+
+
+@pytest.mark.parametrize("dies_at", [2, 6])
+def test_work_that_was_killed_in_either_model_goes_on_from_its_checkpoint(
+    make_recipe: MakeRecipe, small_data: Path, tmp_path: Path, dies_at: int
+) -> None:
+    """Four steps for the global model, four for the site's own; stopped before one of them, and begun again."""
+    recipe = make_recipe(federation={"strategy": "ditto"}, training={"steps": 4})
+    theta, asked = build_bench(recipe).theta, count()
+    task = TrainTask(1, "clinic", 0.01, 4, correction=Ditto().correction(), state_out="sites/000/0001.safetensors")
+
+    def begin(folder: str) -> Callable[..., Any]:
+        site = workshop_of(tmp_path / folder, small_data, partition="north", checkpoint_s=0.0)
+        site.join(job_of(recipe))
+        return partial(site.train, "run-1", task, {"theta": theta})
+
+    with pytest.raises(Cancelled):
+        begin("killed")(cancelled=lambda: next(asked) == dies_at)
+    steps: list[str] = []
+    works = [begin("undisturbed")(), begin("killed")(progress=steps.append)]
+    assert works[0].channels["delta"].digest() == works[1].channels["delta"].digest()
+    states = [tmp_path / f / "runs" / "run-1" / "state" / "0001.safetensors" for f in ("undisturbed", "killed")]
+    assert states[0].read_bytes() == states[1].read_bytes()
+    assert len([note for note in steps if note.startswith("step ")]) < 8, "not from the beginning"
 
 
 def test_a_task_that_asks_for_an_impossible_share_is_refused(
