@@ -84,8 +84,15 @@ FEATURES = (
     Feature(
         "personal parts",
         lambda recipe, network: bool(recipe.federation.personal),
-        lambda strategy: not (_is(strategy, "pairs") or _is(strategy, "own_model") or _is(strategy, "asynchronous")),
-        "it works on LoRA's pairs as a whole, keeps a whole model at each site already, or has no rounds",
+        lambda strategy: (
+            not (
+                _is(strategy, "pairs")
+                or _is(strategy, "own_model")
+                or _is(strategy, "asynchronous")
+                or _is(strategy, "num_models") not in (None, 1)
+            )
+        ),
+        "it works on LoRA's pairs as a whole, keeps a model at each site or several side by side, or has no rounds",
         "Leave federation.personal out, or use it with the strategy fedavg",
     ),
     Feature(
