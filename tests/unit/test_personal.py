@@ -496,7 +496,7 @@ def test_sites_of_their_own_have_the_bits_of_the_in_process_engine_and_keep_thei
         arm = "personal" if strategy.own_model else "global"
         (tmp_path / "run").mkdir(exist_ok=True)
         for place, (site, workshop) in enumerate(sites.items()):
-            task = EvaluateTask((site,), arm, False, f"sites/{place:03d}/0001.safetensors", strategy.alpha)
+            task = EvaluateTask((site,), arm, state_in=f"sites/{place:03d}/0001.safetensors", alpha=strategy.alpha)
             answer = workshop.answer("run-1", task, {"theta": state.theta})
             assert set(answer[site]) == {"nll", "tokens", "correct"}, "no share that it has chosen"
             engine.broadcast(state.theta, {})
@@ -543,4 +543,4 @@ def test_a_task_that_asks_for_an_impossible_share_is_refused(
     with pytest.raises(SiteError, match="a share of 2"):
         site.answer("run-1", EvaluateTask(("clinic",), "personal", alpha=2.0), {"theta": theta})
     with pytest.raises(SiteError, match="private state after round 4 of run run-1 is missing"):
-        site.answer("run-1", EvaluateTask(("clinic",), "personal", False, "x/0004.safetensors"), {"theta": theta})
+        site.answer("run-1", EvaluateTask(("clinic",), "personal", state_in="x/0004.safetensors"), {"theta": theta})
