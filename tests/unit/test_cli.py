@@ -35,7 +35,9 @@ COMMANDS: dict[str, Any] = {name: command for name, command in TOP.items() if na
 #: commands that need a federation: tests/protocol/test_network_cli.py and test_sandbox.py carry them out
 NETWORKED = {"sandbox", "join", "submit", "status", "watch", "logs", "cancel", "fetch", "sites", "audit-log"}
 DOCS = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
-PROGRAM = [sys.executable, "-c", "from commonweight.cli.main import main; main()"]
+#: hears Ctrl-C also where the whole suite was started in a shell's background, with the signal ignored
+_HEAR = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+PROGRAM = [sys.executable, "-c", f"{_HEAR}; from commonweight.cli.main import main; main()"]
 HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "matplotlib", "pyarrow", "rich", "yaml")
 HEAVY += ("grpc", "google.protobuf", "sqlalchemy", "alembic", "cryptography", "prometheus_client", "asyncio")
 

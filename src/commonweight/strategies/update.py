@@ -20,9 +20,9 @@ class Update:
             more (SCAFFOLD: `control`). Views that may be reused once the update has been folded.
         weight: its weight in the mean (examples, label tokens, or 1), as the recipe's `federation.weighting` says.
         num_examples, num_label_tokens, num_steps: what it trained on and for how long.
-        cluster: of which cluster's model it is an update; 0 where there is one model.
         metrics: figures for people (`loss`: mean nats a label token over the local work; `seconds`), and `first_loss`,
             that of the first step, from which some strategies weigh; it does not leave a networked site.
+        cluster: of which cluster's model it is an update; 0 where there is one model.
     """
 
     site: str
@@ -32,8 +32,8 @@ class Update:
     num_examples: int
     num_label_tokens: int
     num_steps: int
-    cluster: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    cluster: int = 0
 
     @property
     def delta(self) -> NamedTensors:
