@@ -10,7 +10,7 @@ import typer
 
 from ..errors import RecipeError, StateError
 from .start import RecipeArgument
-from .terminal import JsonOption, SetOption, begin, number, print_json, say, table
+from .terminal import JsonOption, SetOption, begin, print_json, say, table
 
 #: what neither noise nor clipping covers, said wherever ε is said
 NOT_COVERED = (
@@ -57,7 +57,7 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = Fals
         print_json(dict(zip(_PLAN_KEYS, (*known, [_finite(value) for value in each]), strict=True)))
         return
     say(f"{recipe}: differential privacy of each {UNIT}")
-    say(f"  noise multiplier z    {z:g}: σ = {z * (spec.clip or 0):g} on each element of the sum of updates")
+    say(f"  noise multiplier z    {z:g}: σ = {z * (spec.clip or 0):.4g} on each element of the sum of updates")
     say(f"  clipping norm C       {spec.clip:g}")
     say(f"  releases              {rounds}, one a round")
     say(f"  ε at δ = {spec.delta:g}        {_text(each[-1])} (by Rényi divergences {_text(rdp)})")
@@ -99,7 +99,7 @@ def ledger(
         say(f"no runs in {directory}")
         return
     rows = [
-        (e.run, e.dp, str(e.releases), number(e.noise_multiplier), number(e.clip), _text(e.epsilon), number(e.delta))
+        (e.run, e.dp, str(e.releases), _plain(e.noise_multiplier), _plain(e.clip), _text(e.epsilon), _plain(e.delta))
         for e in entries
     ]
     table(("run", "privacy", "releases", "z", "C", "ε", "δ"), rows, right=(2, 3, 4, 5, 6))
@@ -110,6 +110,10 @@ def ledger(
 
 def _text(epsilon: float) -> str:
     return "∞" if epsilon == math.inf else f"{epsilon:.3f}"
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"
 
 
 def _finite(epsilon: float) -> float | None:
