@@ -288,6 +288,8 @@ BAD = [
         "site run north", 2, ("unknown key `thread` at site.yaml:1",), prepare=write("north/site.yaml", "thread: 1\n")
     ),
     Case("site status nowhere", 2, ("there is no nowhere/site.yaml",)),
+    Case("site export north none out", 6, ("no run is called, or begins, 'none'", "abababab (triage)")),
+    Case("site export north abababab out", 6, ("there is no model of this site's own", "keep.runs")),
     Case("site policy nowhere", 10, ("this site has no policy", "denies everything")),
     Case("site policy north", 10, ("denies everything", "modles"), prepare=write("north/policy.yaml", "modles: []\n")),
     Case("site policy north", 10, ("denies everything",), prepare=remove("north/policy.yaml")),
