@@ -27,7 +27,7 @@ _PHASES = [
     ("the update is kept", Death("site.outbox:Outbox.keep", "after", 2), False),
     ("bytes are about to be counted", Death("site.records:SiteRecords.spend", "before", 3), False),
     ("bytes were counted", Death("site.records:SiteRecords.spend", "after", 3), False),
-    ("chunks have left", Death("site.transfer:pack_chunk", "after", 12), False),
+    ("chunks have left", Death("site.outbox:pack_chunk", "after", 12), False),
     ("accepted, before it is written down", Death("site.gate:Gate.end", "before", 3), False),
     ("accepted, and written down", Death("site.gate:Gate.end", "after", 3), False),
     ("accepted, and forgotten", Death("site.outbox:Outbox.delete", "after", 2), False),

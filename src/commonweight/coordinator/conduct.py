@@ -18,7 +18,7 @@ from ..federation.clusters import check_clusters, clusters_of, largest
 from ..federation.controls import run_controls
 from ..federation.evaluation import Evaluation
 from ..federation.events import Events, phase_seconds
-from ..federation.folder import write_json, write_text
+from ..federation.folder import storage_errors, write_json, write_text
 from ..federation.messages import Completed, TrainTask
 from ..federation.private_rounds import PrivateRounds, Seal
 from ..federation.record import Record
@@ -302,5 +302,6 @@ class Conductor:
             path = self.folder / name
             if path.exists():
                 copy = self.folder / f".{name}.stored"
-                shutil.copyfile(path, copy)
+                with storage_errors(copy):
+                    shutil.copyfile(path, copy)
                 self.here.blobs.put(f"runs/{self.run_id}/result/{name}", copy)

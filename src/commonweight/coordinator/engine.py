@@ -217,6 +217,8 @@ class Errand:
     def begin(self) -> None:
         """Open the round, or go on with it, and put out the tasks that are not out yet."""
         lease, round = self.engine.led.lease, None
+        # before the round: an answer that is accepted meanwhile ends its task too, and must not look lost
+        known = {row.id: row for row in self.store.tasks(lease.run, self.round)}
         if self.trains:
             fresh = new_round(self.round, tuple(self.trains), self.spec, self.engine.num_sites)
             found = self.store.round_state(lease.run, self.round)
@@ -224,7 +226,6 @@ class Errand:
                 fresh = reopened(found[0])
             round, _ = self.store.open_round(lease, fresh, self.engine.base)
         waiting = set(round.waiting) if round is not None else set[str]()
-        known = {row.id: row for row in self.store.tasks(lease.run, self.round)}
         new = []
         for index, task in enumerate(self.tasks):
             lost = round is not None and isinstance(task, TrainTask) and task.site in round.waiting
