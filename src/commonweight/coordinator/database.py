@@ -36,6 +36,8 @@ _ANNOUNCE = sa.text(
     f"(SELECT count(pg_notify('{CHANNEL}', t)) FROM unnest(CAST(:topics AS text[])) AS t)"
 )
 _STATUS = sa.text("SELECT pg_xact_status(CAST(:xid AS xid8))")
+#: what PostgreSQL says of a transaction that it does not know of: invalid_parameter_value
+_IN_THE_FUTURE = "22023"
 
 
 @dataclass
@@ -151,6 +153,8 @@ class Database:
                 if status != "in progress":
                     return bool(status == "committed")
             except DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) == _IN_THE_FUTURE:
+                    return False  # nothing of it had reached the disk when the server crashed
                 if not is_transient(error):
                     raise
             if time.monotonic() > ends:
