@@ -30,6 +30,7 @@ from .federation.private_rounds import PrivateRounds
 from .federation.record import Record
 from .federation.residuals import save_residual
 from .federation.run import FederatedRun
+from .federation.secure_rounds import SimulatedSums, check_sums
 from .federation.shelf import FolderShelf
 from .federation.tally import Sites
 from .model.base import tokenizer_digest
@@ -85,6 +86,7 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
         bench = build_bench(recipe)
         sites = bench.facts
         check_cohort(len(sites.names), recipe.federation)
+        check_sums(recipe, len(sites.names))
         require_sites(recipe.federation.relay_of, sites.names, "federation.relays")
         strategy = _strategy(recipe, len(sites.names))
         strategy.check(recipe.federation.cohort.size(len(sites.names)))
@@ -138,7 +140,9 @@ def _train(
         engine.broadcast(bench.theta, {})
         evaluation.base()
         private = PrivateRounds.of(recipe, journal, len(sites.names))
-        model = MemoryModel(strategy, bench.theta.clone(), folder, bench.save, recipe.federation, private, bench.moved)
+        secure = SimulatedSums(recipe, bench.theta.layout) if recipe.privacy.secure_aggregation == "on" else None
+        theta, spec = bench.theta.clone(), recipe.federation
+        model = MemoryModel(strategy, theta, folder, bench.save, spec, private, bench.moved, secure)
         shelf = FolderShelf(
             folder,
             journal,
@@ -153,7 +157,9 @@ def _train(
                 recipe, sites, clock, strategy, model, engine, journal, shelf, folder, events, evaluation
             ).run()
         else:
-            FederatedRun(recipe, lambda _: sites, strategy, model, engine, journal, shelf, events, evaluation).run()
+            FederatedRun(
+                recipe, lambda _: sites, strategy, model, engine, journal, shelf, events, evaluation, secure
+            ).run()
         clusters = clusters_of(journal)
         model.save_models(folder.path / "adapter", folder.path, clusters, partial(bench.save, tokenizer=True))
         if strategy.moves_base:

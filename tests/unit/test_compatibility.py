@@ -63,6 +63,12 @@ ASKED: dict[str, tuple[Change, bool, str, Change]] = {
         "fedavg",
         use("fedavg"),
     ),
+    "secure sums": (
+        lambda values: values.update(privacy={"secure_aggregation": "on"}),
+        False,
+        "fedavg",
+        use("fedavg"),
+    ),
     "relays": (lambda values: values["federation"].update(relays={"r": ["s"]}), False, "fedavg", use("fedavg")),
 }
 

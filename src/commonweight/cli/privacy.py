@@ -30,6 +30,8 @@ _PLAN_KEYS = (
     "epsilon_rdp",
     "epsilon_after_round",
 )
+#: enough sites for whatever a recipe asks for
+_MANY = 10**6
 
 
 def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = False) -> None:
@@ -37,16 +39,21 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = Fals
     begin(json)
     from ..federation.private_rounds import ADJACENCY, SAMPLING, UNIT, planned_noise
     from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp
+    from ..recipe.compatibility import secure_sums
     from ..recipe.load import check_methods, load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
     check_methods(loaded)
     rounds, spec = loaded.federation.rounds, loaded.privacy
+    secure, why = secure_sums(loaded, _MANY)
+    sums = {"secure_sums": secure, "why_not_secure": why or None}
+    told = "on, of at least 3 sites" if secure else f"off, {why}"
     if spec.dp == "none":
         if json:
-            print_json(dict.fromkeys(_PLAN_KEYS) | {"dp": "none", "rounds": rounds})
+            print_json(dict.fromkeys(_PLAN_KEYS) | {"dp": "none", "rounds": rounds} | sums)
         else:
             say(f"{recipe}: differential privacy is off: ε = ∞. Set privacy.dp: site to bound it.")
+            say(f"  secure sums           {told} (over a network)")
         return
     assert spec.delta is not None
     z = planned_noise(loaded)
@@ -54,7 +61,7 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = Fals
     rdp = epsilon_by_rdp(Releases(z, rounds), spec.delta)
     if json:
         known = (spec.dp, rounds, UNIT, ADJACENCY, SAMPLING, spec.clip, z, spec.delta, _finite(each[-1]), _finite(rdp))
-        print_json(dict(zip(_PLAN_KEYS, (*known, [_finite(value) for value in each]), strict=True)))
+        print_json(dict(zip(_PLAN_KEYS, (*known, [_finite(value) for value in each]), strict=True)) | sums)
         return
     say(f"{recipe}: differential privacy of each {UNIT}")
     say(f"  noise multiplier z    {z:g}: σ = {z * (spec.clip or 0):.4g} on each element of the sum of updates")
@@ -63,6 +70,7 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = Fals
     say(f"  ε at δ = {spec.delta:g}        {_text(each[-1])} (by Rényi divergences {_text(rdp)})")
     say(f"  neighbouring data     {ADJACENCY}")
     say(f"  sampling              {SAMPLING}")
+    say(f"  secure sums           {told} (over a network)")
     shown = sorted({1, *range(max(1, rounds // 8), rounds + 1, max(1, rounds // 8)), rounds})
     table(("after round", "ε"), [(str(k), _text(each[k - 1])) for k in shown], right=(0, 1))
     say(NOT_COVERED)

@@ -28,6 +28,7 @@ from ..federation.private_rounds import PrivateRounds
 from ..federation.relays import merge_partials
 from ..model.clusters import channel_of
 from ..model.tensors import Entry, Layout, NamedTensors, bytes_of
+from ..privacy.secure_aggregation.rows import Totals
 from ..strategies.asynchronous import AsynchronousStrategy
 from ..strategies.base import ServerState, SumStrategy, WeightedSum
 from ..strategies.clusters.sketch import sketches_of
@@ -100,6 +101,7 @@ class StoredModel:
         self.slot_plan = Plan(plan.layout, tuple(kept), plan.chunk_bytes) if kept else None
         self.base, self.slots = initial, ""
         self.clusters: dict[str, int] = {}
+        self.totals: Totals | None = None
         self._updates: list[StoredUpdate] = []
 
     @property

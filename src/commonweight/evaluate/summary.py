@@ -181,7 +181,7 @@ def summary_paragraphs(metrics: Metrics) -> list[list[str]]:
     parts: tuple[tuple[Callable[[Metrics], str], ...], ...] = (
         (_who, _clusters, _losses, _perplexity),
         (_verdicts, _personal, _pooling),
-        (_what_left, _missing_answers, _arrivals, _privacy, _simulation),
+        (_what_left, _missing_answers, _arrivals, _privacy, _sums, _simulation),
     )
     written = [[text for part in group if (text := part(metrics))] for group in parts]
     return [paragraph for paragraph in written if paragraph]
@@ -362,6 +362,17 @@ def _privacy(metrics: Metrics) -> str:
         return "Differential privacy: off (ε = ∞), so nothing bounds what the updates themselves may reveal."
     delta = finite(dig(metrics, "privacy", "delta"))
     return f"Differential privacy: {kind}, ε = {number(epsilon)}" + (f", δ = {significant(delta)}." if delta else ".")
+
+
+def _sums(metrics: Metrics) -> str:
+    secure = dig(metrics, "privacy", "secure_sums")
+    if not isinstance(secure, bool):
+        return ""
+    return "Secure sums: " + (
+        "on; of each round's updates the coordinator learnt the weighted sum alone."
+        if secure
+        else "off; whoever combined the updates saw each of them."
+    )
 
 
 def _simulation(metrics: Metrics) -> str:

@@ -26,10 +26,14 @@ def invited(spec: FederationSpec, num_sites: int) -> int:
     return min(num_sites, math.ceil(spec.cohort.size(num_sites) * spec.over_selection - 1e-9))
 
 
-def new_round(number: int, cohort: Sequence[str], spec: FederationSpec, num_sites: int) -> Round:
-    """A round that has just been opened: it closes when as many have answered as the recipe's cohort asks for."""
+def new_round(number: int, cohort: Sequence[str], spec: FederationSpec, num_sites: int, *, least: int = 0) -> Round:
+    """A round that has just been opened: it closes when as many have answered as the recipe's cohort asks for.
+
+    Args:
+        least: answers without which it is abandoned, whatever the recipe's quorum says.
+    """
     target = spec.cohort.size(num_sites)
-    needed = answers_needed(spec, min(target, len(cohort)))
+    needed = max(least, answers_needed(spec, min(target, len(cohort))))
     return Round(number, tuple(cohort), needed, target=target if target < len(cohort) else None)
 
 

@@ -15,8 +15,9 @@ from ..errors import RoundError
 from ..model.clusters import channel_of
 from ..model.moved_base import MovedBase
 from ..model.tensors import Layout, NamedTensors, first_non_finite
+from ..privacy.secure_aggregation.rows import Totals
 from ..recipe.schema import FederationSpec
-from ..strategies.base import Fold, ServerState, Strategy, SumStrategy
+from ..strategies.base import Fold, ServerState, Strategy, SumStrategy, WeightedSum
 from ..strategies.clusters.sketch import sketches_of
 from ..strategies.individuals import Kept
 from ..strategies.side_by_side import InMemory
@@ -27,6 +28,7 @@ from .messages import Engine
 from .private_rounds import PrivateRounds
 from .relays import merge_partials
 from .residuals import Residual, Residuals
+from .secure_rounds import SimulatedSums
 
 
 class GlobalModel(Protocol):
@@ -39,6 +41,8 @@ class GlobalModel(Protocol):
     clusters: dict[str, int]
 
     private: PrivateRounds | None
+    #: what the round just closed says of all its sites together, where updates are seen in sums alone
+    totals: Totals | None
 
     @property
     def layout(self) -> Layout:
@@ -85,6 +89,7 @@ class MemoryModel:
         spec: names the relays, if there are any.
         private: makes rounds' sums private; None: they are not.
         base: what the participants' models compute with under the adapter, if the strategy adds to it.
+        secure: adds updates up where nobody sees one alone; None: they are folded as they are.
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class MemoryModel:
         spec: FederationSpec | None = None,
         private: PrivateRounds | None = None,
         base: MovedBase | None = None,
+        secure: SimulatedSums | None = None,
     ) -> None:
         if strategy.moves_base and base is None:
             raise ValueError(f"{strategy.name} adds to the base, and there is none to add to")
@@ -103,7 +109,8 @@ class MemoryModel:
         self._base, self.residuals = base, Residuals(folder.path)
         self.clusters: dict[str, int] = {}
         self.state: ServerState
-        self.private = private
+        self.private, self.secure = private, secure
+        self.totals: Totals | None = None
         self._relays = () if spec is None else tuple(spec.relays)
         self._relay_of = {} if spec is None else spec.relay_of
         self._folds: dict[str, Fold] = {}
@@ -140,8 +147,13 @@ class MemoryModel:
 
     def check(self, update: Update) -> None:
         check(update, round=self._round + 1, layout=self.layout, channels=self.strategy.update_channels)
+        if self.secure is not None:
+            self.secure.check(update)
 
     def fold(self, update: Update) -> None:
+        if self.secure is not None:
+            self.secure.add(update)
+            return
         if self._kept is not None:
             self._kept.add(update)
             return
@@ -166,6 +178,9 @@ class MemoryModel:
             self._group(self._kept)
         whole = self._folds.pop("")
         merge_partials(whole, [self._folds.pop(relay) for relay in self._relays if relay in self._folds])
+        if self.secure is not None:
+            assert isinstance(whole, WeightedSum)
+            self.totals = self.secure.into(whole)
         if self.private is not None:
             assert isinstance(self.strategy, SumStrategy)
             self.strategy.private = self.private.mean(round)

@@ -28,6 +28,7 @@ class TrainTask:
         state_in, state_out: files of the site's private state before and after (SCAFFOLD's cᵢ), relative to the run's
         folder.
         cohort: sites invited to the round; 0: not said.
+        secure: the sum in which the update is to be masked, over a network (`secure_rounds.py`); None: it is not.
     """
 
     round: int
@@ -39,6 +40,7 @@ class TrainTask:
     state_out: str | None = None
     cohort: int = 0
     start: Mapping[str, Any] = field(default_factory=lambda: dict(FROM_THETA))
+    secure: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

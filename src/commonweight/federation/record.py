@@ -79,7 +79,10 @@ class Record:
                 "adapter": facts["model"]["adapter_bytes"],
                 **_received(rounds),
             },
-            "privacy": statement(self.recipe, list(self.journal.commits().values())),
+            "privacy": {
+                **statement(self.recipe, list(self.journal.commits().values())),
+                "secure_sums": self.recipe.privacy.secure_aggregation == "on",
+            },
             "samples": self._samples(),
             **_arrivals(rounds),
             "not_evaluated": [site for site in self.sites.names if site not in self.evaluated],

@@ -3,6 +3,8 @@
     choose a cohort ─► broadcast the global tensors ─► each site trains (engines/, train/) ─► check and fold each update
     (strategies/) ─► enough answered? ─► the strategy's step ─► commit (journal.py, folder.py) ─► next round
 
+With secure sums (`secure_rounds.py`) keys go round before sites train, and masks come off before the strategy's step.
+
 Whether sites are simulated or live is the engine's affair. What a round may do is decided by `round.py`. Updates are
 folded in cohort order, one at a time, so that the same recipe gives the same bits whatever the engine and however
 often it was killed. The global model of round r is evaluated while round r+1 trains from it.
@@ -11,10 +13,12 @@ often it was killed. The global model of round r is evaluated while round r+1 tr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import QuorumError, UpdateRefused
+from ..privacy.secure_aggregation.graph import majority
+from ..privacy.secure_aggregation.rows import Most, row_layout
 from ..recipe.compatibility import personal_parts
 from ..recipe.schema import Recipe
 from ..strategies.base import Strategy
@@ -30,6 +34,7 @@ from .journal import RunJournal
 from .messages import Dropped, Engine, EvaluateTask, Outcome, TrainTask
 from .residuals import bytes_to_catch_up
 from .round import Answered, Committed, DeadlinePassed, Failed, Phase, Round
+from .secure_rounds import SecureRounds, Terms
 from .shelf import Shelf
 from .tally import Sites, Tally, Timing
 
@@ -42,6 +47,7 @@ class FederatedRun:
 
     Args:
         sites: the sites that may be invited to a round; asked for each, for sites may join on the way.
+        secure: carries secure sums through; None: updates are seen one by one.
     """
 
     def __init__(
@@ -55,7 +61,9 @@ class FederatedRun:
         shelf: Shelf,
         events: Events,
         evaluation: Evaluation,
+        secure: SecureRounds | None = None,
     ) -> None:
+        self.secure = secure
         self.recipe, self.strategy, self.model, self.engine = recipe, strategy, model, engine
         self.journal, self.shelf, self.events, self.evaluation = journal, shelf, events, evaluation
         self._sites = sites
@@ -103,7 +111,8 @@ class FederatedRun:
         self.sites = self.evaluation.sites = self._sites(number)
         self.strategy.num_sites = len(self.sites.names)
         cohort = choose_cohort(self.sites.names, spec, seed=self.recipe.seed, round=number)
-        round = new_round(number, cohort, spec, len(self.sites.names))
+        least = majority(len(cohort)) if self.secure is not None else 0
+        round = new_round(number, cohort, spec, len(self.sites.names), least=least)
         lr = lr_in_round(self.recipe.training, number, spec.rounds)
         self.events.emit(
             "round_opened", round=number, cohort=list(cohort) if len(cohort) <= 100 else len(cohort), lr=lr
@@ -113,8 +122,12 @@ class FederatedRun:
         self.model.open()
         further = bytes_to_catch_up(self.journal.commits(), cohort) if self.strategy.moves_base else 0
         tally = Tally(lr=lr, layout=self.model.layout, sites=self.sites, further_bytes_down=further)
-        for outcome in self._outcomes(number, cohort, lr):
-            round = self._hear(round, outcome, tally, timing)
+        if self.secure is not None:
+            tally.bytes_of_update = row_layout(self.model.layout).num_bytes
+            round = self._share_keys(round, lr, self.secure)
+        if round.phase is not Phase.ABANDONED:
+            for outcome in self._outcomes(number, cohort, lr, lost=round.failed):
+                round = self._hear(round, outcome, tally, timing)
         if tally.late:
             round, _ = round.apply(DeadlinePassed(number))
         evaluated_at = time.perf_counter()
@@ -122,11 +135,20 @@ class FederatedRun:
             self._abandon(round)
         self._commit(round, tally, timing, evaluated_at)
 
-    def _outcomes(self, number: int, cohort: Sequence[str], lr: float) -> Iterator[Outcome]:
+    def _share_keys(self, round: Round, lr: float, secure: SecureRounds) -> Round:
+        """The keys and shares of a secure sum go round, before anybody trains."""
+        most = Most.of(self.recipe, max(self.sites.steps[site] for site in round.cohort))
+        lost = secure.begin(round.number, round.cohort, Terms(lr, self.strategy.correction(), most))
+        for site, reason in lost.items():
+            if round.phase is Phase.OPEN:
+                round = self._give_up(round, site, reason)
+        return round
+
+    def _outcomes(self, number: int, cohort: Sequence[str], lr: float, lost: Collection[str]) -> Iterator[Outcome]:
         """The round's outcomes in cohort order, kept updates in their places; then those of the round before's
-        evaluation."""
+        evaluation. Sites that are `lost` already are asked for nothing."""
         kept = self.shelf.kept(number)
-        tasks = [self._task(number, site, lr, len(cohort)) for site in cohort]
+        tasks = [self._task(number, site, lr, len(cohort)) for site in cohort if site not in lost]
         todo: list[TrainTask | EvaluateTask] = [task for task in tasks if task.site not in kept]
         fresh = self.engine.run([*todo, *self.evaluation.due(number - 1)], deadline_s=self.recipe.federation.deadline_s)
         for task in tasks:
@@ -144,6 +166,7 @@ class FederatedRun:
             state_out=self.shelf.site_file(site, number) if self.keeps_state else None,
             cohort=cohort,
             start=self._start(number, site),
+            secure=self.secure.seat(site) if self.secure is not None else None,
         )
 
     def _start(self, number: int, site: str) -> dict[str, Any]:
@@ -197,10 +220,12 @@ class FederatedRun:
         self.shelf.keep(update)
         self.model.fold(update)
         tally.add(update, relay=self.model.relay(update))
+        if self.secure is not None:
+            update = self.secure.shown(update)
         figures = {name: value for name, value in update.metrics.items() if name not in _EVENT_FIELDS}
-        self.events.emit(
-            "update_accepted", round=round.number, site=update.site, examples=update.num_examples, **figures
-        )
+        if self.secure is None:
+            figures["examples"] = update.num_examples
+        self.events.emit("update_accepted", round=round.number, site=update.site, **figures)
         return after
 
     def _give_up(self, round: Round, site: str, reason: str) -> Round:
@@ -208,7 +233,7 @@ class FederatedRun:
         return round.apply(Failed(site, round.number, reason))[0]
 
     def _abandon(self, round: Round) -> None:
-        self.events.emit("round_abandoned", round=round.number, answered=list(round.answered))
+        self._came_to_nothing(round)
         reasons = [f"{site}: {reason}" for site, reason in list(round.failed.items())[:3]]
         reasons += [f"{site}: no answer within federation.deadline_s" for site in round.late[:3]]
         raise QuorumError(
@@ -219,13 +244,36 @@ class FederatedRun:
             retry=True,
         )
 
+    def _came_to_nothing(self, round: Round) -> None:
+        self.events.emit("round_abandoned", round=round.number, answered=list(round.answered))
+        if self.secure is not None:
+            self.secure.abandon(round.number)
+
+    def _open(self, round: Round, secure: SecureRounds) -> None:
+        """Get what takes the masks off the sum.
+
+        Raises:
+            QuorumError: too few sites went along.
+        """
+        try:
+            secure.open(round.number, round.answered)
+        except QuorumError as error:
+            self.events.emit("sum_not_opened", round=round.number, reason=error.message)
+            self._came_to_nothing(round)
+            raise
+
     def _commit(self, round: Round, tally: Tally, timing: Timing, evaluated_at: float) -> None:
         """The strategy's step; then name the new state in the journal: from that instant the round has happened."""
         number = round.number
+        if self.secure is not None:
+            self._open(round, self.secure)
         round, verdict = round.apply(Committed(number))
         assert verdict.accepted, verdict.reason
+        state = self.model.close(number)
+        if self.model.totals is not None:
+            tally.take(self.model.totals)
         record = {
-            "state": self.model.close(number),
+            "state": state,
             "cohort": list(round.cohort),
             "answered": list(round.answered),
             "failed": dict(round.failed),
@@ -238,6 +286,8 @@ class FederatedRun:
             record["privacy"] = self.model.private.record()
         self.journal.commit(number, record)
         self.model.committed(number)
+        if self.secure is not None:
+            self.secure.committed(number)
         self.last_answered.update(dict.fromkeys(round.answered, number))
         self.shelf.forget(number, round.answered)
         self.events.emit("round_committed", round=number, answered=len(round.answered), train_loss=record["train_loss"])

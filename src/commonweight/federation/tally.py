@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ..model.tensors import Layout
+from ..privacy.secure_aggregation.rows import Totals
 from ..strategies.base import Strategy
 from ..strategies.update import Update
 
@@ -65,12 +66,14 @@ class Tally:
         layout: of the global tensors.
         sites: those that send or fetch less say so.
         further_bytes_down: what the cohort receives beside the global tensors, all sites together.
+        bytes_of_update: what a site sends, if that is no copy of its tensors.
     """
 
     lr: float
     layout: Layout
     sites: Sites
     further_bytes_down: int = 0
+    bytes_of_update: int | None = None
     updates: int = 0
     bytes_up: int = 0
     steps: int = 0
@@ -83,13 +86,18 @@ class Tally:
     def add(self, update: Update, *, relay: str = "") -> None:
         """Count an update; `relay`: by whose sum it came in."""
         self.updates += 1
-        self.bytes_up += self.sites.bytes_up.get(update.site, self.layout.num_bytes)
+        copy = self.sites.bytes_up.get(update.site, self.layout.num_bytes)
+        self.bytes_up += copy if self.bytes_of_update is None else self.bytes_of_update
         if relay:
             self.relays[relay] = self.relays.get(relay, 0) + 1
         self.steps += update.num_steps
         self.examples += update.num_examples
         self.label_tokens += update.num_label_tokens
         self.nats += update.metrics.get("loss", 0.0) * update.num_label_tokens
+
+    def take(self, totals: Totals) -> None:
+        """The figures of updates that were seen in sums alone."""
+        self.examples, self.label_tokens, self.nats = totals.examples, totals.label_tokens, totals.nats
 
     def record(self, cohort: Iterable[str], strategy: Strategy, *, relays: bool = False) -> dict[str, Any]:
         """`bytes_up`: what sites send, `bytes_down`: what they fetch. With relays, `bytes_received`: what reaches the

@@ -111,6 +111,14 @@ FEATURES = (
         "Use a strategy that does, such as fedavg or fedadam, or privacy.dp none",
     ),
     Feature(
+        "secure sums",
+        lambda recipe, network: recipe.privacy.secure_aggregation == "on",
+        lambda strategy: bool(_is(strategy, "of_weighted_sum")) and not _is(strategy, "asynchronous"),
+        "the coordinator learns the weighted sum of a round's updates alone, and this strategy needs more than that, "
+        "or has no rounds",
+        "Use a strategy that needs no more, such as fedavg or fedadam, or privacy.secure_aggregation off",
+    ),
+    Feature(
         "relays",
         lambda recipe, network: bool(recipe.federation.relays),
         lambda strategy: _is(strategy, "needs") == "sum" and not _is(strategy, "asynchronous"),
@@ -131,6 +139,31 @@ def personal_parts(recipe: Recipe) -> tuple[str, ...]:
     except RecipeError:
         return tuple(recipe.federation.personal)
     return (*(_is(strategy, "personal") or ()), *recipe.federation.personal)
+
+
+def secure_sums(recipe: Recipe, num_sites: int | None) -> tuple[bool, str]:
+    """Whether updates are summed securely over a network, and if not, why not, as a sentence.
+
+    Args:
+        num_sites: that the run is for; None: whoever joins, of whom there may be any number.
+    """
+    spec = recipe.federation
+    if recipe.privacy.secure_aggregation != "auto":
+        on = recipe.privacy.secure_aggregation == "on"
+        return on, "" if on else "the recipe turns them off"
+    feature = next(feature for feature in FEATURES if feature.name == "secure sums")
+    strategy = resolve("strategy", spec.strategy.name)
+    if not feature.goes_with(strategy):
+        return False, f"the strategy {spec.strategy.name} needs more than a round's sum, or has no rounds"
+    if recipe.not_summed:
+        return False, recipe.not_summed
+    if num_sites is None:
+        num_sites = max(spec.min_sites, spec.cohort.count or 0)
+    if spec.cohort.size(num_sites) < 3:
+        return False, "a round may have fewer than 3 sites"
+    if spec.over_selection >= 1.5:
+        return False, "federation.over_selection invites so many that those who answer are too few of them"
+    return True, ""
 
 
 def pairings(strategy: type[Any]) -> dict[str, bool]:

@@ -78,6 +78,11 @@ def check_methods(recipe: Recipe, *, network: bool = False, objective: bool = Tr
     if objective:
         _check_method("objective", ("training", "objective"), recipe.training.objective)
     check_pairings(recipe, network=network)
+    if network and recipe.privacy.secure_aggregation == "on":
+        raise RecipeError(
+            "privacy.secure_aggregation on: runs over a network do not use secure sums yet",
+            hint="set it to off, or carry the recipe out by `commonweight run`",
+        )
 
 
 def builtin_recipes() -> list[str]:

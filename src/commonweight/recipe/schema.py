@@ -539,7 +539,7 @@ class EngineSpec(Section):
 
 
 class PrivacySpec(Section):
-    """What bounds what the result tells of a site."""
+    """What bounds what is learnt of a site: by whoever gets the result, and by the coordinator."""
 
     dp: Literal["none", "site"] = Field(
         "none",
@@ -557,6 +557,19 @@ class PrivacySpec(Section):
     )
     noise_multiplier: float | None = Field(
         None, ge=0, description="z: the noise's standard deviation in units of `clip`; ε follows. Or `epsilon`."
+    )
+
+    secure_aggregation: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether the coordinator learns sums of updates alone. `auto`: over a network, where the strategy "
+        "needs no more than their weighted sum and a round invites at least 3 sites; a simulation has nobody to hide "
+        "them from. `on`: or the recipe is refused.",
+    )
+    secure_bound: float | None = Field(
+        None,
+        gt=0,
+        description="Secure sums: the largest size of an element of an update; larger ones are clipped to it. "
+        "Default: `clip`, or without it 8.",
     )
 
     @model_validator(mode="after")
@@ -615,6 +628,21 @@ class Recipe(Section):
                 f"{self.federation.weighting} lets sites count for more; use weighting: uniform"
             )
         return self
+
+    @model_validator(mode="after")
+    def _a_sum_is_of_all_and_of_alike(self) -> Self:
+        if self.privacy.secure_aggregation == "on" and self.not_summed:
+            raise ValueError(f"privacy.secure_aggregation on: {self.not_summed}; set it to off, or leave that out")
+        return self
+
+    @property
+    def not_summed(self) -> str:
+        """What in the recipe speaks against secure sums, whatever the strategy; "": nothing."""
+        if self.federation.relays:
+            return "a relay of federation.relays sees its sites' updates one by one"
+        if self.model.adapter.shaped:
+            return "rows of one length are added, and model.adapter gives some sites a part of it"
+        return ""
 
     @model_validator(mode="after")
     def _packing_has_no_prompt_tokens(self) -> Self:

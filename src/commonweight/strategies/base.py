@@ -118,6 +118,8 @@ class Strategy(ABC):
     not_networked: ClassVar[str] = "a coordinator combines from files, and this strategy takes its updates whole"
     #: whether all it learns from a round's updates is Σ Δᵢ, each counted alike and every element of it
     of_plain_mean: ClassVar[bool] = False
+    #: whether all it learns from a round's updates is Σ wᵢΔᵢ, Σ wᵢ and whose they are: then nobody need see one alone
+    of_weighted_sum: ClassVar[bool] = False
 
     def __init__(self, options: BaseModel | None = None, *, num_sites: int = 1) -> None:
         """Args: options: an instance of `Options`. num_sites: N, all the sites of the run, not a round's cohort."""
@@ -251,6 +253,7 @@ class SumStrategy(Strategy):
     needs: ClassVar[Literal["sum", "individuals"]] = "sum"
     not_networked = ""
     of_plain_mean = True
+    of_weighted_sum = True
     #: makes a round's sum one that may be published; None: it is the weighted mean as it is
     private: Release | None = None
 
@@ -258,6 +261,7 @@ class SumStrategy(Strategy):
         super().__init_subclass__()
         if {"open", "close", "update_channels"} & set(vars(cls)):  # it may look at more, unless it says not
             cls.of_plain_mean = vars(cls).get("of_plain_mean", False)
+            cls.of_weighted_sum = vars(cls).get("of_weighted_sum", False)
 
     def open(self, state: ServerState) -> WeightedSum:
         return WeightedSum(state.theta.layout, self.update_channels)

@@ -92,11 +92,19 @@ class Collector:
         Raises:
             UpdateRefused: the site handed out no shares, has sent its row, the row has another length, or it is late.
         """
-        if self._sharers is None or site not in self._sharers or self._survivors is not None or site in self.masked:
-            raise UpdateRefused(f"a masked row of site {site!r} is not awaited")
         if row.shape != total.shape or row.dtype != total.dtype:
             raise UpdateRefused(f"the masked row of site {site!r} has {row.size} elements, not {total.size}")
+        self.arrived(site)
         total += row
+
+    def arrived(self, site: str) -> None:
+        """A site's masked row is in the total, or wherever the total will be made.
+
+        Raises:
+            UpdateRefused: the site handed out no shares, has sent its row, or it is late.
+        """
+        if self._sharers is None or site not in self._sharers or self._survivors is not None or site in self.masked:
+            raise UpdateRefused(f"a masked row of site {site!r} is not awaited")
         self.masked.append(site)
 
     def close_rows(self) -> tuple[str, ...]:
@@ -164,6 +172,16 @@ class Collector:
         """Take the masks off the total, in place: then it is the sum of the survivors' encoded rows.
 
         Raises:
+            QuorumError: as `masks`.
+        """
+        expander = Expander()
+        for key, sign in self.masks():
+            expander.add(total, key, sign=sign)
+
+    def masks(self) -> list[tuple[bytes, int]]:
+        """What opens the total, or any stretch of it: (key, sign) of each mask that is to be added (`Expander.add`).
+
+        Raises:
             QuorumError: shares are missing, or those revealed do not give what was advertised. A retry needs fresh
                 keys of everyone.
         """
@@ -174,14 +192,14 @@ class Collector:
                 hint="the round is repeated with fresh keys",
                 retry=True,
             )
-        circle, session, expander = self._in_circle(), self.session, Expander()
-        alive = set(self._survivors)
+        circle, session = self._in_circle(), self.session
+        alive, masks = set(self._survivors), []
         for site in self._wanted():
             secret = self._secret(site)
             if site in alive:
                 if hashlib.sha256(secret).digest() != circle.adverts[site].commitment:
                     raise self._wrong(site)
-                expander.add(total, own_key(secret, session.context), sign=-1)
+                masks.append((own_key(secret, session.context), -1))
                 continue
             mine = X25519PrivateKey.from_private_bytes(secret)
             if mine.public_key().public_bytes_raw() != circle.adverts[site].pair:
@@ -189,7 +207,8 @@ class Collector:
             for peer in circle.neighbours[site]:
                 if peer in alive:
                     key = pair_key(mine, circle.adverts[peer].pair, pair_context(session, site, peer))
-                    expander.add(total, key, sign=-pair_sign(session, peer, site))
+                    masks.append((key, -pair_sign(session, peer, site)))
+        return masks
 
     def _secret(self, site: str) -> bytes:
         try:

@@ -26,6 +26,8 @@ class FixedPoint:
     Args:
         bound: the largest size of a number.
         num_sites: n.
+        toward_zero: rounding never makes a number larger, so that a bound on many numbers together (a norm) holds for
+            the encoded ones too; otherwise it is to nearest, which is closer.
 
     Raises:
         RecipeError: so many sites that fewer than 8 bits would be left for each, or the bound is not positive.
@@ -33,6 +35,7 @@ class FixedPoint:
 
     bound: float
     num_sites: int
+    toward_zero: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.bound < float("inf"):
@@ -55,7 +58,7 @@ class FixedPoint:
         """The distance between neighbouring numbers; one rounding is off by half of it."""
         return self.bound / self.levels
 
-    def encode(self, values: NDArray[np.floating], out: Ring) -> int:
+    def encode(self, values: NDArray[np.floating], out: Ring, *, scale: float = 1.0) -> int:
         """Write the encoded values into `out`; returns how many were clipped.
 
         Rounded to nearest, ties to even, in float64: no random numbers, so that the same update has the same bits.
@@ -63,19 +66,21 @@ class FixedPoint:
         Args:
             values: 1-D, float32 or float64.
             out: 1-D, uint32, of equal length.
+            scale: by which they are multiplied before.
 
         Raises:
             ValueError: a value is NaN.
         """
-        clipped = 0
+        clipped, round = 0, np.trunc if self.toward_zero else np.rint
         for start in range(0, len(values), _PIECE):
             piece = values[start : start + _PIECE].astype(np.float64)
+            piece *= scale
             piece /= self.step
             if np.isnan(piece).any():
                 raise ValueError("NaN has no place in a sum")
             clipped += int((np.abs(piece) > self.levels).sum())
             np.clip(piece, -self.levels, self.levels, out=piece)
-            np.rint(piece, out=piece)
+            round(piece, out=piece)
             out[start : start + _PIECE] = piece.astype(np.int64).astype(np.uint32)
         return clipped
 

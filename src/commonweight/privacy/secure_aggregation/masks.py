@@ -17,6 +17,8 @@ Ring = NDArray[np.uint32]
 
 _PIECE_BYTES = 1 << 20
 _ZEROS = bytes(_PIECE_BYTES)
+#: elements in a block of the cipher
+_BLOCK_ELEMENTS = 4
 
 
 class Expander:
@@ -28,15 +30,18 @@ class Expander:
         self._into = memoryview(self._buffer)  # type: ignore[arg-type]  # an array is a buffer
         self._words: Ring = self._buffer[:_PIECE_BYTES].view(np.uint32)
 
-    def add(self, row: Ring, key: bytes, *, sign: int = 1) -> None:
+    def add(self, row: Ring, key: bytes, *, sign: int = 1, first: int = 0) -> None:
         """row ← row ± PRG(key) mod 2³², in place.
 
         Args:
             row: 1-D, uint32, contiguous.
             key: 16 bytes, never used for another mask.
             sign: 1 or −1.
+            first: where `row` begins, if it is a stretch of a longer one: the mask is as random in any order.
         """
-        encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        block, skipped = divmod(first, _BLOCK_ELEMENTS)
+        encryptor = Cipher(algorithms.AES(key), modes.CTR(block.to_bytes(16, "big"))).encryptor()
+        encryptor.update(bytes(4 * skipped))
         change = np.add if sign > 0 else np.subtract
         step = _PIECE_BYTES // 4
         for start in range(0, len(row), step):

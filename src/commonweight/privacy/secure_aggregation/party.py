@@ -57,8 +57,11 @@ class Party:
         self._seed = secrets.token_bytes(shamir.SECRET_BYTES)
         self._adverts: list[Advert] = []
         self._circle: Circle | None = None
+        self._sealed: dict[str, bytes] = {}
         self._shares: dict[str, tuple[bytes, bytes]] = {}
         self._survivors: tuple[str, ...] | None = None
+        #: what this very process has done; another one may say the same again
+        self._has_shared = self._has_masked = False
 
     # --- the steps
 
@@ -75,7 +78,8 @@ class Party:
         return Advert(advert.site, advert.channel, advert.pair, advert.commitment, signature)
 
     def share(self, adverts: Sequence[Advert]) -> dict[str, bytes]:
-        """Shares of this site's two secrets, sealed, by the peer for whom they are.
+        """Shares of this site's two secrets, sealed, by the peer for whom they are. A party that was restored says the
+        same again to the same adverts.
 
         Raises:
             SecureAggregationError: the adverts are not what they must be, this site's own is missing or changed, or
@@ -88,8 +92,13 @@ class Party:
             self._pair.public_key().public_bytes_raw(),
         ):
             raise SecureAggregationError("this site's own keys are missing among those shown, or are not its own")
-        if self._circle is not None:
+        if self._has_shared:
             raise SecureAggregationError("this site has handed out its shares already")
+        self._has_shared = True
+        if self._circle is not None:
+            if list(adverts) != self._adverts:
+                raise SecureAggregationError("this site was shown other keys before, and has handed out its shares")
+            return dict(self._sealed)
         peers = [*circle.neighbours[self.site], self.site]
         places = [self.session.place(peer) for peer in peers]
         own = shamir.split(self._seed, circle.threshold, places)
@@ -101,14 +110,16 @@ class Party:
                 continue
             key = channel_key(self._channel, circle.adverts[peer].channel, self._way(self.site, peer))
             sealed[peer] = ChaCha20Poly1305(key).encrypt(_NONCE, own[place] + pair[place], self._way(self.site, peer))
-        self._circle, self._adverts = circle, list(adverts)
+        self._circle, self._adverts, self._sealed = circle, list(adverts), sealed
         self._keep(self.state())
-        return sealed
+        return dict(sealed)
 
     def mask(self, sealed: Mapping[str, bytes], row: Ring) -> None:
         """Open the peers' shares, and add to `row`, in place, this site's masks: then it may be sent.
 
-        Only peers whose shares came are masked against: the coordinator tells everyone the same ones.
+        Only peers whose shares came are masked against: the coordinator tells everyone the same ones. A party that was
+        restored masks anew with the same shares alone; that the row is the same too, or that none was sent, is for the
+        caller to see to.
 
         Args:
             sealed: what peers have sealed for this site, by peer.
@@ -118,7 +129,7 @@ class Party:
             SecureAggregationError: shares of somebody who is no neighbour, shares that do not open, or too few.
         """
         circle = self._in_circle()
-        if len(self._shares) > 1:
+        if self._has_masked:
             raise SecureAggregationError("this site has masked its row already")
         opened = {}
         for peer, box in sealed.items():
@@ -135,6 +146,10 @@ class Party:
             raise SecureAggregationError(
                 f"{len(opened)} peers have handed out shares, {circle.threshold - 1} are needed", retry=True
             )
+        before = {peer: shares for peer, shares in self._shares.items() if peer != self.site}
+        if before and before != opened:
+            raise SecureAggregationError("this site has masked its row with other shares before")
+        self._has_masked = True
         self._shares.update(opened)
         self._keep(self.state())
         expander = Expander()
@@ -218,6 +233,7 @@ class Party:
             "adverts": [
                 [a.site, a.channel.hex(), a.pair.hex(), a.commitment.hex(), a.signature.hex()] for a in self._adverts
             ],
+            "sealed": {peer: _text(box) for peer, box in self._sealed.items()},
             "shares": {peer: [_text(own), _text(pair)] for peer, (own, pair) in self._shares.items()},
             "survivors": self._survivors,
         }
@@ -242,6 +258,7 @@ class Party:
         party._adverts = [Advert(site, *(bytes.fromhex(p) for p in parts)) for site, *parts in record["adverts"]]
         if party._adverts:
             party._circle = Circle(session, {advert.site: advert for advert in party._adverts})
+        party._sealed = {peer: _bytes(box) for peer, box in record["sealed"].items()}
         party._shares = {peer: (_bytes(own), _bytes(pair)) for peer, (own, pair) in record["shares"].items()}
         party._survivors = None if record["survivors"] is None else tuple(record["survivors"])
         return party

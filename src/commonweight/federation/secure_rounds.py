@@ -1,0 +1,206 @@
+"""Rounds of which the coordinator learns the sum of updates and no single one.
+
+    begin   keys and shares go round among the cohort; whoever does not answer is lost before it trains
+            each site trains, encodes its update into a row of the ring and masks it
+    open    the survivors sign the list of survivors and reveal shares; the masks come off the sum
+
+In a simulation every site's part is played in this process (`SimulatedSums`), masks and all: it shows what a network
+would do, and hides nothing from anybody. Over a network the messages are tasks (`coordinator/secure_sums.py`). The bits
+of the result are the same (`privacy/secure_aggregation/rows.py`).
+
+A round needs more than two thirds of the sites that it invites, whatever `federation.quorum` says, for two lists of
+survivors that are both signed by so many share an honest site. One that comes to nothing is repeated with fresh keys
+and nothing of what was masked before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from ..errors import RecipeError, SiteError, UpdateRefused
+from ..model.tensors import Layout
+from ..privacy.secure_aggregation.collector import Collector
+from ..privacy.secure_aggregation.graph import MIN_SITES, majority
+from ..privacy.secure_aggregation.masks import Ring
+from ..privacy.secure_aggregation.messages import Session
+from ..privacy.secure_aggregation.party import Party
+from ..privacy.secure_aggregation.rows import NUM_TOTALS, Most, RowCode, Totals, row_starts
+from ..recipe.schema import Recipe
+from ..strategies.base import WeightedSum
+from ..strategies.update import Update
+from .cohort import invited
+
+#: metrics of a single site that a round with secure sums still shows
+_SHOWN = ("seconds", "kept")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all of a round's sites must be told alike: by whatever is told one site alone its update could be told from
+    the others' in the sum.
+
+    Args:
+        lr, correction: of the round's training tasks.
+        most: the bounds of counts, which decide how much a row weighs.
+    """
+
+    lr: float
+    correction: Mapping[str, Any]
+    most: Most
+
+    def to_json(self) -> dict[str, Any]:
+        counts = {"examples": self.most.examples, "label_tokens": self.most.label_tokens}
+        return {"lr": self.lr, "correction": dict(self.correction), "most": counts}
+
+
+class SecureRounds(Protocol):
+    """What the loop asks of whoever carries secure sums through."""
+
+    def begin(self, round: int, cohort: Sequence[str], terms: Terms) -> Mapping[str, str]:
+        """Hand keys and shares round; why sites were lost already, by site."""
+
+    def seat(self, site: str) -> Mapping[str, Any] | None:
+        """What a site's training task says of the sum."""
+
+    def shown(self, update: Update) -> Update:
+        """What may be seen of a single update: nothing that is in the sum."""
+
+    def open(self, round: int, survivors: Sequence[str]) -> None:
+        """Get what takes the masks off.
+
+        Raises:
+            QuorumError: too few sites went along; nothing was opened.
+        """
+
+    def abandon(self, round: int) -> None:
+        """The round has come to nothing: the next attempt has fresh keys."""
+
+    def committed(self, round: int) -> None:
+        """The round's commit is in the journal: its keys are of no more use."""
+
+
+class SimulatedSums:
+    """Secure sums among sites of this process. The round's rows are added as updates are folded."""
+
+    def __init__(self, recipe: Recipe, layout: Layout) -> None:
+        self.recipe, self.layout = recipe, layout
+        self._identities: dict[str, Ed25519PrivateKey] = {}
+        self._attempt = 0
+        self._clipped: dict[str, int] = {}
+
+    def begin(self, round: int, cohort: Sequence[str], terms: Terms) -> Mapping[str, str]:
+        session = Session(self.recipe.name, round, self._attempt, tuple(cohort))
+        self.code = RowCode.of(self.recipe, self.layout, len(cohort), terms.most)
+        self._collector = Collector(session, verify=self._verify)
+        self._parties = {
+            site: Party(session, site, sign=self._identity(site).sign, verify=self._verify) for site in cohort
+        }
+        for party in self._parties.values():
+            self._collector.advert(party.advertise())
+        adverts = self._collector.close_adverts()
+        for site, party in self._parties.items():
+            self._collector.shares(site, party.share(adverts))
+        self._boxes = self._collector.close_shares()
+        self._total: Ring = np.zeros(self.code.length, dtype=np.uint32)
+        self._row: Ring = np.empty_like(self._total)
+        self._clipped = {}
+        return {}
+
+    def _identity(self, site: str) -> Ed25519PrivateKey:
+        return self._identities.setdefault(site, Ed25519PrivateKey.generate())
+
+    def _verify(self, site: str, message: bytes, signature: bytes) -> bool:
+        try:
+            self._identity(site).public_key().verify(signature, message)
+        except InvalidSignature:
+            return False
+        return True
+
+    def seat(self, site: str) -> Mapping[str, Any] | None:
+        return None
+
+    def check(self, update: Update) -> None:
+        """Raises UpdateRefused: its site could not have sent it."""
+        try:
+            self.code.check(update.num_examples, update.num_label_tokens)
+        except SiteError as error:
+            raise UpdateRefused(error.message, hint=error.hint) from error
+
+    def add(self, update: Update) -> None:
+        """Encode and mask an update as its site would, and add it to the total."""
+        self._clipped[update.site] = self.code.encode(
+            update.delta,
+            examples=update.num_examples,
+            label_tokens=update.num_label_tokens,
+            loss=update.metrics.get("loss", 0.0),
+            out=self._row,
+        )
+        self._parties[update.site].mask(self._boxes[update.site], self._row)
+        self._collector.row(update.site, self._row, self._total)
+
+    def shown(self, update: Update) -> Update:
+        metrics = {name: update.metrics[name] for name in _SHOWN if name in update.metrics}
+        return bare(update, metrics, self._clipped.get(update.site, 0))
+
+    def open(self, round: int, survivors: Sequence[str]) -> None:
+        found = self._collector.close_rows()
+        for site in found:
+            self._collector.consent(site, self._parties[site].consent(found))
+        consents = self._collector.close_consents()
+        for site in found:
+            self._collector.reveal(self._parties[site].reveal(consents))
+        self._collector.open(self._total)
+
+    def into(self, fold: WeightedSum) -> Totals:
+        """Make a fold of the opened sum, as if the updates had been folded into it."""
+        num_updates = len(self._collector.masked)
+        totals = self.code.totals(self._total[-NUM_TOTALS:], num_updates)
+        for dtype, start in row_starts(self.layout).items():
+            out = fold.sums["delta"].flats[dtype]
+            self.code.decode(self._total[start : start + out.numel()], out)
+        fold.total_weight, fold.num_updates = totals.weight, num_updates
+        return totals
+
+    def abandon(self, round: int) -> None:
+        self._attempt += 1
+
+    def committed(self, round: int) -> None:
+        """Its keys go with the next round's."""
+
+
+def bare(update: Update, metrics: Mapping[str, float], clipped: int) -> Update:
+    """An update without what the sum holds. How many elements were clipped is worth telling, if any were."""
+    told = {**metrics, **({"clipped": float(clipped)} if clipped else {})}
+    return replace(update, weight=1.0, num_examples=1, num_label_tokens=0, metrics=told)
+
+
+def check_sums(recipe: Recipe, num_sites: int) -> None:
+    """Refuse secure sums that no round of so many sites could make.
+
+    Raises:
+        RecipeError: a cohort is too small, invites so many more than it takes that those who answer could be too few,
+            or is so large that too few bits are left for each site.
+    """
+    if recipe.privacy.secure_aggregation != "on":
+        return
+    spec = recipe.federation
+    size, asked = spec.cohort.size(num_sites), invited(spec, num_sites)
+    if size < MIN_SITES:
+        raise RecipeError(
+            f"privacy.secure_aggregation: a cohort of {size} sites; with fewer than {MIN_SITES} a sum shows what one "
+            "of them sent",
+            hint="invite more sites by federation.cohort, or set privacy.secure_aggregation: off",
+        )
+    if size < majority(asked):
+        raise RecipeError(
+            f"federation.over_selection {spec.over_selection:g}: {asked} sites are invited and {size} are enough, but "
+            f"a secure sum needs {majority(asked)} of them",
+            hint="set federation.over_selection below 1.5, or privacy.secure_aggregation: off",
+        )
+    _ = RowCode.of(recipe, Layout(()), asked, Most(1, 1)).elements
