@@ -7,6 +7,7 @@
     ├── RoundError                    5   a round could not be completed
     │   ├── QuorumError                   fewer sites answered than the recipe's minimum
     │   ├── SiteError                     one site's task failed; the round may go on without it
+    │   ├── BudgetError                   a release would cost more privacy than the ledger's budget has left
     │   └── UpdateRefused                 an update broke its contract: shape, non-finite, unknown site …
     ├── StateError                    6   a run's folder is damaged, or does not fit what was asked of it
     ├── StorageError                  7   a folder, database or blob store cannot be written: permissions, a full disk
@@ -69,6 +70,10 @@ class QuorumError(RoundError):
 
 
 class SiteError(RoundError):
+    pass
+
+
+class BudgetError(RoundError):
     pass
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from .federation.events import Events, Listener, phase_seconds
 from .federation.folder import RunFolder, storage_errors, write_json, write_text
 from .federation.global_model import MemoryModel
 from .federation.journal import Journal
+from .federation.ledger import Charges
+from .federation.ledger_file import LedgerFile, RunsLedger, check_ledger
 from .federation.private_rounds import PrivateRounds
 from .federation.record import Record
 from .federation.residuals import save_residual
@@ -43,12 +46,20 @@ from .strategies.asynchronous import AsynchronousStrategy
 from .strategies.base import Strategy
 
 
-def run(recipe: Recipe, output: Path, *, resume: bool = False, listeners: tuple[Listener, ...] = ()) -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    listeners: tuple[Listener, ...] = (),
+    ledger: Path | None = None,
+) -> dict[str, Any]:
     """Carry out a recipe and return its metrics; everything is left in the folder `output`.
 
     Args:
         output: the run's folder: a new or empty one, or with `resume` that of a run to go on with.
         listeners: called with (event, fields) as the run goes on.
+        ledger: the file of a ledger to which rounds are charged, and whose budget may end the run.
 
     Raises:
         CommonweightError: see `errors.py`. What was committed stays, and `resume` goes on from it.
@@ -58,7 +69,8 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, listeners: tuple[
     try:
         if resume:
             _check_same_recipe(recipe, folder)
-        return _run(recipe, folder, listeners)
+        with nullcontext() if ledger is None else LedgerFile(ledger) as file:
+            return _run(recipe, folder, listeners, file)
     finally:
         folder.close()
 
@@ -75,12 +87,16 @@ def _check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
         )
 
 
-def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> dict[str, Any]:
+def _run(
+    recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...], ledger: LedgerFile | None
+) -> dict[str, Any]:
     events = Events(folder.path / "events.jsonl", listeners)
     journal = Journal(folder.path / "state.sqlite")
     try:
         began, started = time.perf_counter(), datetime.now(UTC)
         folder.check_journal(journal.commits())
+        check_ledger(journal, ledger)
+        charges = Charges(recipe, None if ledger is None else RunsLedger(ledger, journal, folder.path.name))
         write_text(folder.path / "recipe.yaml", recipe_text(recipe))
         events.emit("run_started", name=recipe.name, resumed_after_round=journal.last_round())
         bench = build_bench(recipe)
@@ -101,7 +117,7 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
         events.emit("loaded", sites=list(sites.names)[:100], num_sites=len(sites.names), layout=layout, seconds=seconds)
         if parts:
             events.emit("parts", sites=parts)
-        trained = _train(bench, sites, clock, folder, journal, events)
+        trained = _train(bench, sites, clock, folder, journal, events, charges)
         events.emit("run_finished", seconds=time.perf_counter() - began)
         events.flush()
         facts = {
@@ -122,7 +138,13 @@ def _run(recipe: Recipe, folder: RunFolder, listeners: tuple[Listener, ...]) -> 
 
 
 def _train(
-    bench: Bench, sites: Sites, clock: VirtualClock | None, folder: RunFolder, journal: Journal, events: Events
+    bench: Bench,
+    sites: Sites,
+    clock: VirtualClock | None,
+    folder: RunFolder,
+    journal: Journal,
+    events: Events,
+    charges: Charges,
 ) -> dict[str, Any]:
     """Every arm, on the engine's workers: their number, and the digest of the resulting adapter."""
     recipe = bench.recipe
@@ -154,11 +176,11 @@ def _train(
         if isinstance(strategy, AsynchronousStrategy):
             assert clock is not None
             AsynchronousRun(
-                recipe, sites, clock, strategy, model, engine, journal, shelf, folder, events, evaluation
+                recipe, sites, clock, strategy, model, engine, journal, shelf, folder, events, evaluation, charges
             ).run()
         else:
             FederatedRun(
-                recipe, lambda _: sites, strategy, model, engine, journal, shelf, events, evaluation, secure
+                recipe, lambda _: sites, strategy, model, engine, journal, shelf, events, evaluation, secure, charges
             ).run()
         clusters = clusters_of(journal)
         model.save_models(folder.path / "adapter", folder.path, clusters, partial(bench.save, tokenizer=True))

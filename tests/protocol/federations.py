@@ -247,13 +247,20 @@ class Hand:
     # --- what a lead does
 
     def job(
-        self, *, rounds: int = 1, sites: Sequence[str] = (), tensors: NamedTensors | None = None, **federation: Any
+        self,
+        *,
+        rounds: int = 1,
+        sites: Sequence[str] = (),
+        tensors: NamedTensors | None = None,
+        privacy: Mapping[str, Any] | None = None,
+        **federation: Any,
     ) -> pb.Job:
         recipe = Recipe.model_validate(
             {
                 "name": federation.pop("name", "small"),
                 "training": {"lr": 1.0},
                 "federation": {"rounds": rounds, "patience_s": 0.3, **federation},
+                "privacy": privacy or {},
                 "evaluation": {"controls": [], "every": rounds, "samples": 0, "resamples": 100},
                 "output": {"keep_rounds": 1},
             }

@@ -147,15 +147,16 @@ def test_metrics_report_plan_and_ledger_say_the_same(make_recipe: MakeRecipe, tm
     assert len(planned["epsilon_after_round"]) == 2
     ledger = call("ledger", str(tmp_path / "runs"), "--json").json
     assert [entry["epsilon"] for entry in ledger["runs"]] == [pytest.approx(cost, rel=1e-9)] * 2
-    assert set(ledger["sites"]) == {"north", "south", "west"}
-    assert ledger["sites"]["north"] == pytest.approx(epsilon(Releases(0.3, 4), 1e-5), rel=1e-9)
+    sites = {row["site"]: row["epsilon"] for row in ledger["sites"]}
+    assert set(sites) == {"north", "south", "west"}
+    assert sites["north"] == pytest.approx(epsilon(Releases(0.3, 4), 1e-5), rel=1e-9)
     said = call("ledger", str(tmp_path / "runs")).out
     assert "Not covered by ε" in said
     run(make_recipe(), tmp_path / "runs" / "three")
-    assert call("ledger", str(tmp_path / "runs"), "--json").json["sites"]["north"] is None
+    assert {row["epsilon"] for row in call("ledger", str(tmp_path / "runs"), "--json").json["sites"]} == {None}
     assert "∞" in call("ledger", str(tmp_path / "runs")).out
     only = call("ledger", str(tmp_path / "runs" / "one"), "--json", "--delta", "1e-6").json
-    assert only["sites"]["west"] > cost
+    assert all(row["epsilon"] > cost for row in only["sites"])
 
 
 def test_a_target_gives_the_noise(make_recipe: MakeRecipe) -> None:
@@ -332,4 +333,4 @@ def test_commands_without_privacy(tmp_path: Path) -> None:
     assert "ε = ∞" in call("plan", str(file)).out
     assert call("plan", str(file), "--json").json["epsilon"] is None
     (tmp_path / "runs").mkdir()
-    assert "no runs" in call("ledger", str(tmp_path / "runs")).out
+    assert "nothing is spent" in call("ledger", str(tmp_path / "runs")).out

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import RecipeError, StateError
+from .network import DEFAULT_IDENTITY, IdentityOption, connected
 from .start import RecipeArgument
 from .terminal import JsonOption, SetOption, begin, print_json, say, table
+
+if TYPE_CHECKING:
+    from ..federation.ledger import Line
+    from ..privacy.spending import Budget
 
 #: what neither noise nor clipping covers, said wherever ε is said
 NOT_COVERED = (
     "Not covered by ε: the coordinator itself, which sees each update before the noise; the figures that sites send "
-    "beside their updates (numbers of examples and steps, training losses, scores on held-out rows); control arms."
+    "beside their updates (whether they answered, numbers of examples and steps, training losses, scores on held-out "
+    "rows); control arms."
 )
 _PLAN_KEYS = (
     "dp",
@@ -37,8 +45,9 @@ _MANY = 10**6
 def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = False) -> None:
     """Say what a recipe's privacy will cost, before it runs."""
     begin(json)
-    from ..federation.private_rounds import ADJACENCY, SAMPLING, UNIT, planned_noise
+    from ..federation.private_rounds import SAMPLING, UNIT, planned_noise
     from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp
+    from ..privacy.spending import ADJACENCY
     from ..recipe.compatibility import secure_sums
     from ..recipe.load import check_methods, load_recipe
 
@@ -60,15 +69,16 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = Fals
     each = [epsilon(Releases(z, count), spec.delta) for count in range(1, rounds + 1)]
     rdp = epsilon_by_rdp(Releases(z, rounds), spec.delta)
     if json:
-        known = (spec.dp, rounds, UNIT, ADJACENCY, SAMPLING, spec.clip, z, spec.delta, _finite(each[-1]), _finite(rdp))
-        print_json(dict(zip(_PLAN_KEYS, (*known, [_finite(value) for value in each]), strict=True)) | sums)
+        known = (spec.dp, rounds, UNIT, ADJACENCY[UNIT], SAMPLING, spec.clip, z, spec.delta)
+        costs = (_finite(each[-1]), _finite(rdp), [_finite(value) for value in each])
+        print_json(dict(zip(_PLAN_KEYS, (*known, *costs), strict=True)) | sums)
         return
     say(f"{recipe}: differential privacy of each {UNIT}")
     say(f"  noise multiplier z    {z:g}: σ = {z * (spec.clip or 0):.4g} on each element of the sum of updates")
     say(f"  clipping norm C       {spec.clip:g}")
     say(f"  releases              {rounds}, one a round")
     say(f"  ε at δ = {spec.delta:g}        {_text(each[-1])} (by Rényi divergences {_text(rdp)})")
-    say(f"  neighbouring data     {ADJACENCY}")
+    say(f"  neighbouring data     {ADJACENCY[UNIT]}")
     say(f"  sampling              {SAMPLING}")
     say(f"  secure sums           {told} (over a network)")
     shown = sorted({1, *range(max(1, rounds // 8), rounds + 1, max(1, rounds // 8)), rounds})
@@ -77,43 +87,157 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = Fals
 
 
 def ledger(
-    directory: Annotated[Path, typer.Argument(help="A folder of runs, or one run's folder.", metavar="DIR")] = Path(
-        "runs"
-    ),
+    where: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of runs, one run's folder, or the file of a ledger (`run --ledger`).", metavar="PATH"
+        ),
+    ] = Path("runs"),
+    coordinator: Annotated[
+        bool, typer.Option("--coordinator", help="Show the ledger of the federation's coordinator instead.")
+    ] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", help="Set the budget of a ledger's file: ε, over all runs.", metavar="EPSILON"),
+    ] = None,
+    unit: Annotated[
+        str, typer.Option("--unit", help="With --budget: what it protects, `site` or `example`.", metavar="UNIT")
+    ] = "site",
     delta: Annotated[
         float | None,
-        typer.Option("--delta", help="Compute totals at this δ. Default: the smallest of the runs'.", metavar="DELTA"),
+        typer.Option(
+            "--delta",
+            help="Add up at this δ. Default: the budget's, else the smallest of the runs', else 1e-5.",
+            metavar="DELTA",
+        ),
     ] = None,
+    identity: IdentityOption = DEFAULT_IDENTITY,
     json: JsonOption = False,
 ) -> None:
-    """Show what runs have spent of each site's privacy, all together."""
+    """Show what runs have spent of each site's privacy.
+
+    All runs together, and what a budget leaves.
+    """
     begin(json)
     if delta is not None and not 0 < delta < 1:
         raise RecipeError(f"--delta {delta:g}", hint="δ is between 0 and 1, such as 1e-5")
-    if not directory.is_dir():
-        raise StateError(f"{directory} is no folder", hint="name the folder that holds your runs")
-    from ..federation.ledger import Entry, read_entry, totals
+    if budget is not None:
+        _set_budget(where, budget, unit, delta)
+    show_ledger(_coordinators(identity) if coordinator else _local(where), delta, json)
 
-    whole = (directory / "recipe.yaml").exists()
-    folders = [directory] if whole else sorted(p for p in directory.iterdir() if (p / "recipe.yaml").exists())
-    entries: list[Entry] = [read_entry(folder) for folder in folders]
-    if delta is None:
-        delta = min((e.delta for e in entries if e.delta is not None), default=1e-5)
-    found = totals(entries, delta)
+
+def _set_budget(where: Path, epsilon: float, unit: str, delta: float | None) -> None:
+    from ..federation.ledger_file import LedgerFile
+
+    if where.is_dir():
+        raise StateError(f"{where} is a folder", hint="a budget lies in a ledger's file: name the file")
+    if delta is None or epsilon <= 0 or unit not in ("site", "example"):
+        raise RecipeError(
+            "a budget is an ε above 0 at a δ, for a unit",
+            hint=f"commonweight ledger {where} --budget 8 --delta 1e-5 --unit site",
+        )
+    with LedgerFile(where) as file:
+        file.set_budget(epsilon, delta, unit)
+
+
+@dataclass(frozen=True)
+class Book:
+    """A ledger as it is shown.
+
+    Args:
+        delta: at which it is added up, if nobody asks for another.
+    """
+
+    source: str
+    lines: Sequence[Line]
+    budget: Budget | None
+    delta: float
+
+
+def _local(where: Path) -> Book:
+    from ..federation.ledger import lines_of_run
+    from ..federation.ledger_file import LedgerFile
+    from ..recipe.load import load_recipe
+
+    if where.is_file():
+        with LedgerFile(where, make=False) as file:
+            found = file.budget()
+            return Book(str(where), file.lines(), found, found.delta if found else 1e-5)
+    if not where.is_dir():
+        raise StateError(
+            f"{where} is neither a folder nor a ledger's file", hint="name the folder that holds your runs"
+        )
+    whole = (where / "recipe.yaml").exists()
+    folders = [where] if whole else sorted(path for path in where.iterdir() if (path / "recipe.yaml").exists())
+    deltas = [load_recipe(folder / "recipe.yaml").privacy.delta for folder in folders]
+    lines = [line for folder in folders for line in lines_of_run(folder)]
+    return Book(str(where), lines, None, min((delta for delta in deltas if delta is not None), default=1e-5))
+
+
+def _coordinators(identity: Path) -> Book:
+    from ..federation.ledger import Line
+    from ..privacy.spending import Budget
+
+    with connected(identity) as client:
+        found, address = client.ledger(), client.identity.address
+    lines = [Line.from_json(line) for line in found["lines"]]
+    budget = None if found["budget"] is None else Budget.model_validate(found["budget"])
+    return Book(address, lines, budget, budget.delta if budget else 1e-5)
+
+
+def show_ledger(book: Book, delta: float | None, json: bool) -> None:
+    """Print a ledger: what each run has spent, and how each site stands."""
+    from ..federation.ledger import accounts, by_run
+    from ..privacy.spending import ADJACENCY
+
+    delta = book.delta if delta is None else delta
+    if book.budget is not None and delta != book.budget.delta:
+        raise RecipeError(
+            f"the budget is added up at δ = {book.budget.delta:g}, not {delta:g}", hint="leave --delta out"
+        )
+    runs, found = by_run(book.lines, delta), accounts(book.lines, delta, book.budget)
     if json:
-        print_json({"delta": delta, "runs": [e.to_json() for e in entries], "sites": _finite_all(found)})
+        print_json(
+            {
+                "delta": delta,
+                "budget": None if book.budget is None else book.budget.model_dump(),
+                "runs": [{**asdict(run), "epsilon": _finite(run.epsilon)} for run in runs],
+                "sites": [{**asdict(account), "epsilon": _finite(account.epsilon)} for account in found],
+                "lines": [line.to_json() for line in book.lines],
+            }
+        )
         return
-    if not entries:
-        say(f"no runs in {directory}")
+    if not book.lines:
+        say(f"nothing is spent in {book.source}")
         return
-    rows = [
-        (e.run, e.dp, str(e.releases), _plain(e.noise_multiplier), _plain(e.clip), _text(e.epsilon), _plain(e.delta))
-        for e in entries
-    ]
-    table(("run", "privacy", "releases", "z", "C", "ε", "δ"), rows, right=(2, 3, 4, 5, 6))
+    table(
+        ("run", "protects", "by", "releases", "z", "sampling", f"ε at δ = {delta:g}"),
+        [
+            (
+                r.run,
+                r.unit,
+                r.mechanism,
+                str(r.releases),
+                _plain(r.noise_multiplier),
+                _plain(r.sampling),
+                _text(r.epsilon),
+            )
+            for r in runs
+        ],
+        right=(3, 4, 5, 6),
+    )
     say("")
-    table((f"site, at δ = {delta:g}", "ε of all runs"), [(s, _text(e)) for s, e in found.items()], right=(1,))
+    budget = "–" if book.budget is None else f"{book.budget.epsilon:g}"
+    table(
+        ("site", "unit", "neighbouring data", "ε of all runs", "budget", "left"),
+        [(a.site, a.unit, ADJACENCY[a.unit], _text(a.epsilon), *_allowed(a.left, budget)) for a in found],
+        right=(3, 4, 5),
+    )
     say(NOT_COVERED)
+
+
+def _allowed(left: float | None, budget: str) -> tuple[str, str]:
+    return ("–", "–") if left is None else (budget, _text(left))
 
 
 def _text(epsilon: float) -> str:
@@ -126,7 +250,3 @@ def _plain(value: float | None) -> str:
 
 def _finite(epsilon: float) -> float | None:
     return epsilon if epsilon < math.inf else None
-
-
-def _finite_all(found: dict[str, float]) -> dict[str, Any]:
-    return {site: _finite(epsilon) for site, epsilon in found.items()}

@@ -29,6 +29,14 @@ def run(
     set_: SetOption = None,
     output: OutputOption = None,
     resume: ResumeOption = False,
+    ledger: Annotated[
+        Path | None,
+        typer.Option(
+            "--ledger",
+            help="Charge what the run costs its sites to the ledger in this file; its budget may end the run.",
+            metavar="FILE",
+        ),
+    ] = None,
     quiet: QuietOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -40,7 +48,7 @@ def run(
     from ..recipe.load import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
-    _run(loaded, choose_output(output, loaded.name, resume=resume), resume=resume, quiet=quiet)
+    _run(loaded, choose_output(output, loaded.name, resume=resume), resume=resume, quiet=quiet, ledger=ledger)
 
 
 def demo(
@@ -58,7 +66,7 @@ def demo(
     _run(loaded, choose_output(output, loaded.name, resume=resume), resume=resume, quiet=quiet)
 
 
-def _run(recipe: Any, output: Path, *, resume: bool, quiet: bool) -> None:
+def _run(recipe: Any, output: Path, *, resume: bool, quiet: bool, ledger: Path | None = None) -> None:
     from .progress import Progress, print_result
 
     if resume and (output / "metrics.json").exists():
@@ -67,7 +75,7 @@ def _run(recipe: Any, output: Path, *, resume: bool, quiet: bool) -> None:
     with tidy(output), progress:
         from ..launch import run as launch
 
-        metrics = launch(recipe, output, resume=resume, listeners=(progress.listen,))
+        metrics = launch(recipe, output, resume=resume, listeners=(progress.listen,), ledger=ledger)
     if options.json:
         print_json({"folder": str(output), "report": str(output / "report.html"), **metrics})
     else:

@@ -19,6 +19,7 @@ from ..federation.controls import run_controls
 from ..federation.evaluation import Evaluation
 from ..federation.events import Events, phase_seconds
 from ..federation.folder import storage_errors, write_json, write_text
+from ..federation.ledger import Charges
 from ..federation.messages import Completed, TrainTask
 from ..federation.private_rounds import PrivateRounds, Seal
 from ..federation.record import Record
@@ -30,7 +31,7 @@ from .context import Context
 from .engine import Cancelled, Led, NetworkEngine, Stopped
 from .plans import RunPlan
 from .roster import Roster
-from .store import LeaseLost, StoreJournal
+from .store import LeaseLost, StoreJournal, StoreLedger
 from .stored_model import Combining, StoredModel
 from .versions import Versions
 
@@ -208,6 +209,7 @@ class Conductor:
         strategy.check(recipe.federation.cohort.size(len(first.names)))
         check_clusters(recipe, strategy)
         private = PrivateRounds.of(recipe, journal, len(first.names), self._seal())
+        charges = Charges(recipe, StoreLedger(self.store, self.led.lease, here.settings.privacy_budget))
         relays = tuple(recipe.federation.relays)
         model = StoredModel(strategy, here.files(self.run_id), plan.initial.digest, private, relays)
         trainable = sum(plan.layout.numels.values())
@@ -223,11 +225,15 @@ class Conductor:
         evaluation.base()
         shelf = NetworkShelf(here, self.run_id, model, journal, recipe.output.keep_rounds)
         if isinstance(strategy, AsynchronousStrategy):
-            versions = Versions(recipe, roster, strategy, model, engine, journal, shelf, events, evaluation, flush)
+            versions = Versions(
+                recipe, roster, strategy, model, engine, journal, shelf, events, evaluation, flush, charges
+            )
             versions.run()
             sites = versions.sites
         else:
-            federated = FederatedRun(recipe, roster.sites, strategy, model, engine, journal, shelf, events, evaluation)
+            federated = FederatedRun(
+                recipe, roster.sites, strategy, model, engine, journal, shelf, events, evaluation, charges=charges
+            )
             self._rounds(federated, events, recipe.federation.retries, recipe.federation.patience_s)
             sites = federated.sites
         events.emit("adapter_saved", folder="", digest=model.digest(largest(clusters_of(journal))))

@@ -20,6 +20,7 @@ from ..wire.protocol_pb2 import (
     FileRequest,
     Job,
     JsonReply,
+    LedgerRequest,
     ListRunsRequest,
     ListSitesRequest,
     RenewReply,
@@ -202,6 +203,12 @@ class ControlService:
                 after = entry.sequence
                 line = {**vars(entry), "hash": entry.hash.hex(), "details": dict(entry.details)}
                 yield EventLine(sequence=entry.sequence, line=json.dumps(line).encode())
+
+    async def ReadLedger(self, request: LedgerRequest, holder: Holder, context: Any) -> JsonReply:
+        lines, budget = await self.here.away(self.here.store.spent), self.here.settings.privacy_budget
+        return _json(
+            {"lines": [line.to_json() for line in lines], "budget": None if budget is None else budget.model_dump()}
+        )
 
     # --- changing
 

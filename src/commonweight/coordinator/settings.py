@@ -10,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import RecipeError, StateError
+from ..privacy.spending import Budget
 from ..registry import BUILT_IN
 
 FILE = "coordinator.yaml"
@@ -78,6 +79,12 @@ class CoordinatorSettings(BaseModel):
         "whose code then runs here.",
     )
     max_upload_mb: int = Field(65536, ge=1, description="Cap on an update, in MiB.")
+    privacy_budget: Budget | None = Field(
+        None,
+        description="What all runs together may cost each site: `{unit: site, epsilon: 8, delta: 1e-5}`. A round that "
+        "would cost more is not released, and its run fails; a run without differential privacy costs ∞. Null: no "
+        "bound.",
+    )
     transfers_at_once: int = Field(
         4, ge=1, le=256, description="Chunks in motion at once; bounds memory. A slow site does not hold others up."
     )
@@ -131,6 +138,7 @@ def settings_text(settings: CoordinatorSettings) -> str:
     lines = []
     for name, field in CoordinatorSettings.model_fields.items():
         lines.append(f"# {field.description}")
-        lines.append(yaml.safe_dump({name: getattr(settings, name)}, default_flow_style=False).strip())
+        value = settings.model_dump(include={name})
+        lines.append(yaml.safe_dump(value, default_flow_style=False).strip())
         lines.append("")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from any thread, and block: call them from an event loop through a thread.
     tasks.py     add_tasks open_tasks tasks task_states open_training bases_in_use task reply withdraw give_up
     uploads.py   open_upload upload find_upload has_offered accept_upload refuse_upload accepted_uploads spent_uploads
                  leftovers forget_upload
+    spends.py    charge check_budget spent                                 StoreLedger(store, lease, budget)
     events.py    add_events events attend seen left attending
     bus.py       store.bus.subscribe(prefix): tasks/<site> run/<id> ended/<id> events/<id> runs sites access
 
@@ -35,6 +36,7 @@ from .journal import JournalPart, StoreJournal
 from .leases import Lease, LeaseLost, LeasesPart
 from .rounds import RoundsPart
 from .runs import ENDED, Member, Run, RunsPart
+from .spends import SpendsPart, StoreLedger
 from .tasks import TaskRow, TasksPart
 from .uploads import Upload, UploadsPart
 
@@ -49,6 +51,7 @@ __all__ = [
     "Run",
     "Store",
     "StoreJournal",
+    "StoreLedger",
     "Subscription",
     "TaskRow",
     "Upload",
@@ -66,6 +69,7 @@ class Store(
     RoundsPart,
     TasksPart,
     UploadsPart,
+    SpendsPart,
     EventsPart,
     PresencePart,
 ):

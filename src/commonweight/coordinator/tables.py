@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 #: the newest revision in `migrations/versions`
-REVISION = "0001"
+REVISION = "0002"
 
 metadata = sa.MetaData()
 
@@ -117,6 +117,23 @@ commits = sa.Table(
 
 results = sa.Table(
     "results", metadata, _run(), sa.Column("key", sa.Text, primary_key=True), sa.Column("record", sa.Text)
+)
+
+#: what each round cost each site whose update was in it
+spends = sa.Table(
+    "spends",
+    metadata,
+    _run(),
+    sa.Column("round", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("site", sa.Text, primary_key=True),
+    sa.Column("unit", sa.Text, nullable=False),
+    sa.Column("adjacency", sa.Text, nullable=False),
+    sa.Column("mechanism", sa.Text, nullable=False),
+    sa.Column("noise_multiplier", sa.Double, nullable=False),
+    sa.Column("sampling", sa.Double, nullable=False),
+    sa.Column("count", sa.Integer, nullable=False),
+    sa.Column("t", sa.Double, nullable=False),
+    sa.Index("spends_of_site", "site"),
 )
 
 rounds = sa.Table(

@@ -23,6 +23,7 @@ from ..federation.asynchronous import Arrivals
 from ..federation.evaluation import Evaluation
 from ..federation.events import Events
 from ..federation.global_model import GlobalModel
+from ..federation.ledger import Charges
 from ..federation.messages import TrainTask
 from ..federation.round import DeadlinePassed, Failed, Phase
 from ..federation.shelf import Shelf
@@ -62,7 +63,9 @@ class Versions:
         events: Events,
         evaluation: Evaluation,
         flush: Callable[[], None],
+        charges: Charges | None = None,
     ) -> None:
+        self.charges = charges or Charges(recipe, None)
         self.recipe, self.roster, self.strategy, self.model, self.engine = recipe, roster, strategy, model, engine
         self.journal, self.shelf, self.events, self.evaluation, self.flush = journal, shelf, events, evaluation, flush
         self.store, self.run_id, self.lease = engine.store, engine.run_id, engine.led.lease
@@ -277,6 +280,7 @@ class Versions:
     def _commit(self, number: int, arrivals: Arrivals) -> None:
         """The strategy's step; then name the new version in the journal."""
         began = time.perf_counter()
+        self.charges.pay(number, arrivals.answered)
         record = {
             "state": self.model.close(number),
             **arrivals.record(self.sites, self.strategy),

@@ -37,6 +37,7 @@ from .events import Events
 from .folder import RunFolder, read_tensors, write_tensors
 from .global_model import MemoryModel
 from .journal import RunJournal
+from .ledger import Charges
 from .messages import Completed, Engine, EvaluateTask, Outcome, TrainTask
 from .shelf import Shelf
 from .tally import Sites, Tally, Timing
@@ -109,7 +110,9 @@ class AsynchronousRun:
         folder: RunFolder,
         events: Events,
         evaluation: Evaluation,
+        charges: Charges | None = None,
     ) -> None:
+        self.charges = charges or Charges(recipe, None)
         self.recipe, self.sites, self.clock, self.strategy, self.model = recipe, sites, clock, strategy, model
         self.engine, self.journal, self.shelf, self.folder = engine, journal, shelf, folder
         self.events, self.evaluation = events, evaluation
@@ -244,6 +247,7 @@ class AsynchronousRun:
     def _commit(self, number: int, arrivals: Arrivals) -> None:
         """The strategy's step; then name the new version, and what is under way, in the journal."""
         began = arrivals.timing.trained_at = time.perf_counter()
+        self.charges.pay(number, arrivals.answered)
         under_way = [self._written(work) for work in self.under_way]
         record = {
             "state": {**self.model.close(number), "now": self.now, "under_way": under_way},

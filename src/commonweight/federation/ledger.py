@@ -1,86 +1,188 @@
-"""What runs have spent of their sites' privacy, read off their journals.
+"""The ledger: what rounds have spent of their sites' privacy, over all runs, and whether a budget lets them go on.
 
-A release is spent when its round's commit is in the journal, and no restart resets that.
+A round is charged before its release is made, in the ledger's own transaction, and once: what has been charged for a
+run's round and site is not charged again when the run is resumed. A release that is charged may fail to come about; one
+that was not charged never does. A site pays in the rounds in which its update is in the sum.
+
+Ledgers lie in a file (`ledger_file.py`), in a coordinator's database, or, of what is committed, in the journals of a
+folder of runs.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 from ..errors import StateError
-from ..privacy.accounting import Releases, epsilon_of_all
+from ..privacy.spending import UNPROTECTED, Budget, Spend, Unit, cost
 from ..recipe.load import load_recipe
-from .private_rounds import spent
+from ..recipe.schema import Recipe
+from .private_rounds import spend_of, spent_in
+
+
+class Ledger(Protocol):
+    """What one run asks of a ledger."""
+
+    def check(self, round: int, spends: Mapping[str, Spend]) -> None:
+        """Raises BudgetError: a site would have spent more than the budget after this."""
+
+    def charge(self, round: int, spends: Mapping[str, Spend]) -> None:
+        """Write down what a round is about to cost its sites; nothing for those who have paid for it already.
+
+        Raises:
+            BudgetError: a site would have spent more than the budget; nobody was charged.
+        """
+
+
+class Charges:
+    """What a run's rounds cost, and the ledger that hears of it.
+
+    Args:
+        ledger: None: nobody keeps one.
+    """
+
+    def __init__(self, recipe: Recipe, ledger: Ledger | None) -> None:
+        self.recipe, self.ledger = recipe, ledger
+
+    def foresee(self, round: int, sites: Iterable[str]) -> None:
+        """A round is about to be opened with these sites.
+
+        Raises:
+            BudgetError: one of them may not spend that much.
+        """
+        if self.ledger is not None:
+            self.ledger.check(round, self._of(sites))
+
+    def pay(self, round: int, sites: Iterable[str]) -> None:
+        """A round's release is about to be made, with the updates of these sites.
+
+        Raises:
+            BudgetError: one of them may not spend that much; nothing was charged.
+        """
+        if self.ledger is not None:
+            self.ledger.charge(round, self._of(sites))
+
+    def _of(self, sites: Iterable[str]) -> dict[str, Spend]:
+        return dict.fromkeys(sites, spend_of(self.recipe))
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One run's spending.
+class Line:
+    """What one site has spent in one run, of one kind."""
+
+    run: str
+    site: str
+    spend: Spend
+
+    def to_json(self) -> dict[str, Any]:
+        return {"run": self.run, "site": self.site, **asdict(self.spend), "adjacency": self.spend.adjacency}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        return cls(values["run"], values["site"], Spend.from_json(values))
+
+
+@dataclass(frozen=True)
+class Account:
+    """How a site stands, over all runs.
 
     Args:
-        releases: committed rounds.
-        epsilon: of all of them at the run's own δ; ∞ without differential privacy, 0 before the first.
-        sites: all that the run began with, as far as its journal knows them.
+        epsilon: spent.
+        left: of the budget; None: there is none for this unit.
+    """
+
+    site: str
+    unit: Unit
+    epsilon: float
+    left: float | None
+
+
+def accounts(lines: Sequence[Line], delta: float, budget: Budget | None) -> list[Account]:
+    """Every site's account of its own privacy, and of its examples' where any run or the budget protects these."""
+    by_site: dict[str, list[Spend]] = {}
+    for line in lines:
+        by_site.setdefault(line.site, []).append(line.spend)
+    units: list[Unit] = ["site"]
+    if any(line.spend.unit == "example" for line in lines) or (budget is not None and budget.unit == "example"):
+        units.append("example")
+    return [
+        Account(
+            site,
+            unit,
+            cost(spends, unit, delta),
+            budget.left(spends) if budget is not None and budget.unit == unit else None,
+        )
+        for site, spends in sorted(by_site.items())
+        for unit in units
+    ]
+
+
+@dataclass(frozen=True)
+class RunSpending:
+    """What one run has spent.
+
+    Args:
+        releases: of the site that took part most often.
+        noise_multiplier, sampling: None where rounds differ.
+        epsilon: of the site that spent most, of the unit that the run protects.
     """
 
     run: str
-    dp: str
+    unit: str
+    mechanism: str
     releases: int
     noise_multiplier: float | None
-    clip: float | None
-    delta: float | None
+    sampling: float | None
     epsilon: float
-    sites: tuple[str, ...]
-    plans: tuple[Releases, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; ∞ is null."""
-        values = asdict(self)
-        values.pop("plans")
-        return {**values, "epsilon": self.epsilon if self.epsilon < math.inf else None}
 
 
-def read_entry(run: Path) -> Entry:
-    """A run's entry, whether it has ended or not.
+def by_run(lines: Sequence[Line], delta: float) -> list[RunSpending]:
+    """Every run's spending, in the order of the lines."""
+    runs: dict[tuple[str, str, str], dict[str, list[Spend]]] = {}
+    for line in lines:
+        of_run = runs.setdefault((line.run, line.spend.unit, line.spend.mechanism), {})
+        of_run.setdefault(line.site, []).append(line.spend)
+    return [_spending(*key, of_run, delta) for key, of_run in runs.items()]
+
+
+def _spending(run: str, unit: str, mechanism: str, by_site: Mapping[str, Sequence[Spend]], delta: float) -> RunSpending:
+    noises = {spend.noise_multiplier for spends in by_site.values() for spend in spends}
+    samplings = {spend.sampling for spends in by_site.values() for spend in spends}
+    of: Unit = "example" if unit == "example" else "site"
+    return RunSpending(
+        run,
+        unit,
+        mechanism,
+        max(sum(spend.count for spend in spends) for spends in by_site.values()),
+        next(iter(noises)) if len(noises) == 1 and unit != "none" else None,
+        next(iter(samplings)) if len(samplings) == 1 and unit != "none" else None,
+        max(cost(spends, of, delta) for spends in by_site.values()),
+    )
+
+
+def lines_of_run(folder: Path) -> list[Line]:
+    """What a run has spent, whether it has ended or not: what its journal says of committed rounds.
 
     Raises:
         StateError: its journal cannot be read.
         RecipeError: its recipe cannot.
     """
-    recipe = load_recipe(run / "recipe.yaml")
-    commits = {n: record for n, record in _commits(run).items() if n > 0}
-    plans = tuple(spent(list(commits.values())) if recipe.privacy.dp != "none" else ())
-    if recipe.privacy.dp == "none" and commits:
-        plans = (Releases(0.0, len(commits)),)
-    delta = recipe.privacy.delta
-    sites = dict.fromkeys(site for record in commits.values() for site in record["cohort"])
-    return Entry(
-        run.name,
-        recipe.privacy.dp,
-        len(commits),
-        plans[0].noise_multiplier if plans and recipe.privacy.dp != "none" else None,
-        recipe.privacy.clip,
-        delta,
-        epsilon_of_all(list(plans), delta if delta is not None else 1e-5),
-        tuple(sites),
-        plans,
-    )
-
-
-def totals(entries: Sequence[Entry], delta: float) -> dict[str, float]:
-    """ε of all runs together, by site."""
-    plans: dict[str, list[Releases]] = {}
-    for entry in entries:
-        for site in entry.sites:
-            plans.setdefault(site, []).extend(entry.plans)
-    return {site: epsilon_of_all(found, delta) for site, found in sorted(plans.items())}
+    private = load_recipe(folder / "recipe.yaml").privacy.dp != "none"
+    counts: dict[tuple[str, Spend], int] = {}
+    for number, record in _commits(folder).items():
+        spend = spent_in(record) if private else UNPROTECTED
+        for site in record.get("answered", ()) if number and spend is not None else ():
+            assert spend is not None
+            counts[site, spend] = counts.get((site, spend), 0) + spend.count
+    return [
+        Line(folder.name, site, Spend(s.unit, s.mechanism, s.noise_multiplier, s.sampling, count))
+        for (site, s), count in counts.items()
+    ]
 
 
 def _commits(run: Path) -> dict[int, dict[str, Any]]:

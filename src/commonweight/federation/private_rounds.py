@@ -17,10 +17,12 @@ from typing import Any
 from ..privacy.accounting import Releases, epsilon_by_rdp, epsilon_of_all, noise_multiplier
 from ..privacy.noise import GaussianNoise, new_key
 from ..privacy.site_level import NoisyMean
+from ..privacy.spending import ADJACENCY, UNPROTECTED, Spend
 from ..recipe.schema import Recipe
 from .journal import RunJournal
 
-UNIT, ADJACENCY, SAMPLING = "site", "one site more or fewer", "none assumed: every site counts in every round"
+UNIT = "site"
+SAMPLING = "none assumed: this is what a site pays whose update is in every round"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,17 @@ def planned_noise(recipe: Recipe) -> float:
     return noise_multiplier(spec.epsilon, spec.delta, count=recipe.federation.rounds)
 
 
+def spend_of(recipe: Recipe) -> Spend:
+    """What a round costs each site whose update is in its sum."""
+    return UNPROTECTED if recipe.privacy.dp == "none" else Spend(UNIT, "gaussian", planned_noise(recipe))
+
+
+def spent_in(record: Mapping[str, Any]) -> Spend | None:
+    """What a commit's record says of its release; None if it says nothing."""
+    found = record.get("privacy")
+    return None if found is None else Spend(UNIT, "gaussian", float(found["noise_multiplier"]))
+
+
 def spent(records: Sequence[Mapping[str, Any]]) -> list[Releases]:
     """The releases that commits' records tell of, those of equal noise together."""
     counts: dict[float, int] = {}
@@ -108,7 +121,7 @@ def statement(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> dict[str,
         "epsilon_rdp": rdp if finite and len(plans) == 1 else None,
         "delta": spec.delta,
         "unit": UNIT,
-        "adjacency": ADJACENCY,
+        "adjacency": ADJACENCY[UNIT],
         "sampling": SAMPLING,
         "noise_multiplier": planned_noise(recipe),
         "clip": spec.clip,

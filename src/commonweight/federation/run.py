@@ -31,6 +31,7 @@ from .evaluation import Evaluation
 from .events import Events
 from .global_model import GlobalModel
 from .journal import RunJournal
+from .ledger import Charges
 from .messages import Dropped, Engine, EvaluateTask, Outcome, TrainTask
 from .residuals import bytes_to_catch_up
 from .round import Answered, Committed, DeadlinePassed, Failed, Phase, Round
@@ -48,6 +49,7 @@ class FederatedRun:
     Args:
         sites: the sites that may be invited to a round; asked for each, for sites may join on the way.
         secure: carries secure sums through; None: updates are seen one by one.
+        charges: what rounds cost; None: nobody keeps a ledger.
     """
 
     def __init__(
@@ -62,9 +64,11 @@ class FederatedRun:
         events: Events,
         evaluation: Evaluation,
         secure: SecureRounds | None = None,
+        charges: Charges | None = None,
     ) -> None:
         self.secure = secure
         self.recipe, self.strategy, self.model, self.engine = recipe, strategy, model, engine
+        self.charges = charges or Charges(recipe, None)
         self.journal, self.shelf, self.events, self.evaluation = journal, shelf, events, evaluation
         self._sites = sites
         self.sites = sites(journal.last_round() + 1)
@@ -80,6 +84,7 @@ class FederatedRun:
 
         Raises:
             QuorumError: a round was abandoned; the model is as the round before left it, and a resumed run tries again.
+            BudgetError: a round would have cost a site more than its budget; likewise.
         """
         self._begin()
         for number in range(self.journal.last_round() + 1, self.recipe.federation.rounds + 1):
@@ -111,6 +116,7 @@ class FederatedRun:
         self.sites = self.evaluation.sites = self._sites(number)
         self.strategy.num_sites = len(self.sites.names)
         cohort = choose_cohort(self.sites.names, spec, seed=self.recipe.seed, round=number)
+        self.charges.foresee(number, cohort)
         least = majority(len(cohort)) if self.secure is not None else 0
         round = new_round(number, cohort, spec, len(self.sites.names), least=least)
         lr = lr_in_round(self.recipe.training, number, spec.rounds)
@@ -269,6 +275,7 @@ class FederatedRun:
             self._open(round, self.secure)
         round, verdict = round.apply(Committed(number))
         assert verdict.accepted, verdict.reason
+        self.charges.pay(number, round.answered)
         state = self.model.close(number)
         if self.model.totals is not None:
             tally.take(self.model.totals)

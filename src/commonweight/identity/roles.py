@@ -49,6 +49,7 @@ MAY: Mapping[str, frozenset[str]] = MappingProxyType(
         "Control/Watch": _USERS,
         "Control/Cancel": frozenset({LEAD, ADMIN}),
         "Control/ListSites": _USERS,
+        "Control/ReadLedger": _USERS,
         "Control/GetFile": _USERS,
         "Control/ReadAudit": frozenset({ADMIN, AUDITOR}),
         "Control/Renew": _USERS,

@@ -20,6 +20,7 @@ from ..wire.protocol_pb2 import (
     AuditRequest,
     FetchRequest,
     FileRequest,
+    LedgerRequest,
     ListRunsRequest,
     ListSitesRequest,
     RenewRequest,
@@ -145,6 +146,10 @@ class Client:
                 yield json.loads(line.line)
         except grpc.RpcError as error:
             raise told(error, self.identity.address) from error
+
+    def ledger(self) -> dict[str, Any]:
+        """What runs have spent of each site's privacy: `lines` (`federation.ledger.Line` as JSON) and `budget`."""
+        return self._json("ReadLedger", LedgerRequest())
 
     # --- submitting
 

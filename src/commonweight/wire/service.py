@@ -84,6 +84,7 @@ CONTROL = _methods(
         "Watch": ("unary_stream", pb.WatchRequest, pb.EventLine),
         "Cancel": ("unary_unary", pb.RunRequest, pb.JsonReply),
         "ListSites": ("unary_unary", pb.ListSitesRequest, pb.JsonReply),
+        "ReadLedger": ("unary_unary", pb.LedgerRequest, pb.JsonReply),
         "GetFile": ("unary_stream", pb.FileRequest, pb.FilePiece),
         "ReadAudit": ("unary_stream", pb.AuditRequest, pb.EventLine),
         "Renew": ("unary_unary", pb.RenewRequest, pb.RenewReply),
