@@ -342,7 +342,12 @@ class Sandbox:
             "max_rounds": recipe.federation.rounds,
             "max_bytes_per_round": "1 TiB",
             "max_bytes_total": "1000 TiB",
-            "privacy": {"dp_required": False, "max_epsilon": None, "secure_aggregation_required": False},
+            "privacy": {
+                "dp_required": False,
+                "max_epsilon": None,
+                "budget": None,
+                "secure_aggregation_required": False,
+            },
             "remote_code": False,
             "approval": "none",
             "share": {"scores": "rows", "samples": True},

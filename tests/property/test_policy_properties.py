@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from commonweight.errors import PolicyError
+from commonweight.privacy.spending import UNPROTECTED, Spend
 from commonweight.site.policy import (
     JobFacts,
     Policy,
@@ -46,6 +47,15 @@ def or_any(values: tuple[str, ...]) -> st.SearchStrategy[list[str]]:
     return some(values) | st.just(["any"])
 
 
+BUDGETS = st.fixed_dictionaries(
+    {
+        "unit": st.sampled_from(["site", "example"]),
+        "epsilon": st.floats(0.5, 20),
+        "delta": st.sampled_from([1e-6, 1e-5]),
+    }
+)
+SPENDS = st.sampled_from([UNPROTECTED, Spend("site", "gaussian", 3.0), Spend("site", "gaussian", 8.0, count=2)])
+
 POLICIES = st.fixed_dictionaries(
     {
         "models": or_any(MODELS),
@@ -63,6 +73,7 @@ POLICIES = st.fixed_dictionaries(
             {
                 "dp_required": st.booleans(),
                 "max_epsilon": st.none() | st.floats(0.5, 9),
+                "budget": st.none() | BUDGETS,
                 "secure_aggregation_required": st.booleans(),
             }
         ),
@@ -97,6 +108,7 @@ JOBS = st.builds(
     secure_aggregation=st.booleans(),
     trust_remote_code=st.just(False),
     num_sites=st.integers(1, 9),
+    spend=SPENDS,
 )
 
 
@@ -111,6 +123,8 @@ def pasts(draw: st.DrawFn) -> Spent:
         rounds=draw(st.integers(0, 5)),
         runs=of_signer + draw(st.integers(0, 2)),
         runs_of_signer=of_signer,
+        spends_run=tuple(draw(st.lists(SPENDS.filter(lambda spend: spend.unit == "site"), max_size=3))),
+        spends_others=tuple(draw(st.lists(SPENDS, max_size=3))),
         approval=draw(st.sampled_from([None, "pending", "approved", "denied"])),
     )
 
@@ -132,6 +146,11 @@ def stricter(draw: st.DrawFn, policy: Policy) -> Policy:
         privacy[field] = privacy[field] or draw(st.booleans())
     bound = privacy["max_epsilon"]
     privacy["max_epsilon"] = draw(st.floats(0.25, bound) if bound else st.none() | st.floats(0.25, 9))
+    budget = privacy["budget"]
+    if budget is None:
+        privacy["budget"] = draw(st.none() | BUDGETS)
+    else:
+        privacy["budget"] = {**budget, "epsilon": draw(st.floats(0.25, budget["epsilon"]))}
     for section, field, order in (
         (values, "approval", ("none", "first-run", "every-run")),
         (share, "scores", ("rows", "total", "none")),

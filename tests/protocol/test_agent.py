@@ -19,6 +19,7 @@ import torch
 from commonweight.errors import AccessError, SiteError, StorageError
 from commonweight.federation.messages import EvaluateTask, TrainTask
 from commonweight.model.tensors import NamedTensors
+from commonweight.privacy.spending import UNPROTECTED
 from commonweight.site import link
 from commonweight.site.agent import Agent
 from commonweight.site.audit import SiteAudit
@@ -60,7 +61,7 @@ POLICY: dict[str, Any] = {
     "max_rounds": 10,
     "max_bytes_per_round": 10_000_000,
     "max_bytes_total": 100_000_000,
-    "privacy": {"dp_required": False, "max_epsilon": None, "secure_aggregation_required": False},
+    "privacy": {"dp_required": False, "max_epsilon": None, "budget": None, "secure_aggregation_required": False},
     "remote_code": False,
     "approval": "none",
     "share": {"scores": "rows", "samples": False},
@@ -613,6 +614,29 @@ def test_an_update_over_the_limit_stays(tmp_path: Path) -> None:
         assert reply.state == REFUSED
         assert "max_bytes_per_round" in reply.reason
         assert not stage.coordinator.pushed
+
+    play(tmp_path, scene)
+
+
+def test_what_an_update_costs_is_written_down_and_bounded(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.offer("t")
+        assert (await stage.ended("t")).state == DONE
+        assert stage.site.records.spends() == [("run1", UNPROTECTED)]
+        stage.site.bench.go.clear()
+        stage.offer("u", round=2)
+        await until(lambda: stage.site.bench.calls == ["train 1", "train 2"])
+        budget = {"unit": "site", "epsilon": 8.0, "delta": 1e-5}
+        rules = {"dp_required": False, "max_epsilon": None, "budget": budget, "secure_aggregation_required": False}
+        stage.site.policy(privacy=rules)  # while it trains
+        stage.site.bench.go.set()
+        reply = await stage.ended("u")
+        assert reply.state == REFUSED
+        assert "privacy.budget: the budget is ε = 8" in reply.reason
+        stage.offer("v", round=3)
+        assert "privacy.budget: in all the job's rounds: " in (await stage.ended("v")).reason
+        assert stage.site.bench.calls == ["train 1", "train 2"]
+        assert stage.site.records.spends() == [("run1", UNPROTECTED)]
 
     play(tmp_path, scene)
 

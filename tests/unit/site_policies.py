@@ -22,7 +22,7 @@ OPEN: dict[str, Any] = {
     "max_rounds": 10,
     "max_bytes_per_round": 2_000,
     "max_bytes_total": 10_000,
-    "privacy": {"dp_required": False, "max_epsilon": None, "secure_aggregation_required": False},
+    "privacy": {"dp_required": False, "max_epsilon": None, "budget": None, "secure_aggregation_required": False},
     "remote_code": False,
     "approval": "none",
     "share": {"scores": "rows", "samples": True},

@@ -160,6 +160,19 @@ def test_approving_and_denying(here: Path) -> None:
     assert rows[-1]["by"]
 
 
+def test_what_a_site_has_spent(here: Path) -> None:
+    shown = call("site", "ledger", "north")
+    assert shown.code == 0, shown.err
+    assert re.search(r"^triage \(24ffa222\) +none +none +1 +– +– +∞$".replace("24ffa222", RUN[:8]), shown.out, re.M)
+    policy = make_policy(privacy__budget={"unit": "site", "epsilon": 8.0, "delta": 1e-6})
+    (here / "north" / "policy.yaml").write_text(policy_text(policy))
+    found = call("site", "ledger", "north", "--json").json
+    assert found["budget"] == {"unit": "site", "epsilon": 8.0, "delta": 1e-6}
+    assert found["sites"] == [{"site": "north", "unit": "site", "epsilon": None, "left": 0.0}]
+    denied = call("site", "policy", "north", "--run", OTHER)
+    assert "denied: privacy.budget: in all the job's rounds: the budget is ε = 8 at δ = 1e-06" in denied.out
+
+
 def test_audit(here: Path) -> None:
     shown = call("site", "audit", "north", "--verify")
     assert shown.code == 0, shown.err
@@ -294,6 +307,8 @@ BAD = [
     Case("site policy north", 10, ("denies everything", "modles"), prepare=write("north/policy.yaml", "modles: []\n")),
     Case("site policy north", 10, ("denies everything",), prepare=remove("north/policy.yaml")),
     Case("site policy north --run none", 6, ("no run is called, or begins, 'none'", "abababab (triage)")),
+    Case("site ledger nowhere", 2, ("there is no nowhere/site.yaml",)),
+    Case("site ledger north --delta 2", 2, ("--delta 2", "δ is between 0 and 1")),
     Case("site pending nowhere", 6, ("nowhere is no site's folder",)),
     Case("site approve north zzzz", 6, ("no run is called, or begins, 'zzzz'",)),
     Case("site deny north ab", 6, ("no run is called, or begins, 'ab'",)),

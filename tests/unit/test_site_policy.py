@@ -17,6 +17,7 @@ from commonweight import registry
 from commonweight.errors import DataError, PolicyError, RecipeError, StateError
 from commonweight.evaluate.metrics import Scores
 from commonweight.model.tensors import NamedTensors
+from commonweight.privacy.spending import Spend
 from commonweight.recipe import Recipe
 from commonweight.recipe.fields import dotted, section_of, walk
 from commonweight.recipe.schema import DEMO_DATA, DataSpec, SitesSpec
@@ -273,6 +274,30 @@ DENIALS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, int, int | N
         TASK,
         NOTHING,
         "the job states nan",
+    ),
+    "privacy.budget": (
+        {"privacy__budget": {"unit": "site", "epsilon": 9.0, "delta": 1e-5}},
+        {"spend": Spend("site", "gaussian", 4.0), "rounds": 4},
+        TASK,
+        Spent(spends_others=(Spend("site", "gaussian", 4.0, count=80),)),
+        "privacy.budget: in all the job's rounds: the budget is ε = 9 at δ = 1e-05 for each site over all runs; ",
+    ),
+    "privacy.budget, this round": (
+        {"privacy__budget": {"unit": "site", "epsilon": 12.5, "delta": 1e-5}},
+        {"spend": Spend("site", "gaussian", 4.0), "rounds": 4},
+        TASK,
+        Spent(
+            spends_others=(Spend("site", "gaussian", 4.0, count=80),),
+            spends_run=(Spend("site", "gaussian", 4.0, count=40),),
+        ),
+        "privacy.budget: in this round: ",
+    ),
+    "privacy.budget, none": (
+        {"privacy__budget": {"unit": "example", "epsilon": 50.0, "delta": 1e-5}},
+        {},
+        TASK,
+        NOTHING,
+        "0.000 is spent, and this would make it ∞",
     ),
     "privacy.secure_aggregation_required": (
         {"privacy__secure_aggregation_required": True},

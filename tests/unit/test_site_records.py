@@ -11,14 +11,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from commonweight.errors import AccessError, PolicyError, StateError, StorageError
+from commonweight.privacy.accounting import Releases, epsilon
+from commonweight.privacy.spending import UNPROTECTED, Spend
 from commonweight.site.audit import START, SiteAudit
-from commonweight.site.policy import Spent, decide
+from commonweight.site.policy import Spent, decide, decide_task
 from commonweight.site.records import Head, SiteRecords
 
 from .site_policies import PLAIN, make_facts, make_policy
@@ -53,12 +56,36 @@ def spend(records: SiteRecords, num_bytes: int, *, run: str = "r1", round: int =
 def test_bytes_are_counted_by_round_run_and_in_total(records: SiteRecords) -> None:
     for run, round, num_bytes in (("r1", 1, 500), ("r1", 1, 300), ("r1", 2, 70), ("r2", 1, 5)):
         spend(records, num_bytes, run=run, round=round)
-    assert records.spent("r1", 1) == Spent(bytes_round=800, bytes_run=870, bytes_total=875)
-    assert records.spent("r2", 7) == Spent(bytes_round=0, bytes_run=5, bytes_total=875)
+    once, twice = (UNPROTECTED,), (replace(UNPROTECTED, count=2),)
+    assert records.spent("r1", 1) == Spent(800, 870, 875, spends_run=once, spends_others=once)
+    assert records.spent("r2", 7) == Spent(0, 5, 875, spends_run=once, spends_others=twice)
     first, *_ = records.sent("r1")
     assert (first.what, first.bytes, first.chunks) == ("update", 800, 2)
     assert first.first_t < first.last_t
     assert len(records.sent()) == 3
+
+
+def test_an_update_costs_privacy_once_a_round_and_never_more_than_the_budget(records: SiteRecords) -> None:
+    z = Spend("site", "gaussian", 4.0)
+    allowed = {"unit": "site", "epsilon": epsilon(Releases(4.0, 3), 1e-5), "delta": 1e-5}
+    policy = make_policy(privacy__budget=allowed, max_bytes_per_round="1 MiB", max_bytes_total="1 MiB")
+
+    def send(run: str, round: int, spend: Spend = z, what: str = "update") -> None:
+        records.spend(policy, run=run, round=round, what=what, num_bytes=1, spend=spend)
+
+    for run, round in (("r1", 1), ("r1", 2), ("r1", 1), ("r2", 1), ("r1", 2), ("r2", 1)):
+        send(run, round)
+    for run, round in (("r1", 3), ("r2", 2), ("r3", 1)):
+        with pytest.raises(PolicyError, match=r"privacy\.budget: the budget is ε = .* and this would make it"):
+            send(run, round)
+    assert records.spent("r1", 3).bytes_round == 0
+    send("r3", 1, what="scores")  # costs nothing that is counted
+    assert records.spends() == [("r1", replace(z, count=2)), ("r2", z)]
+    spent = records.spent("r1", 2)
+    assert (spent.spends_run, spent.spends_others) == ((z,), (z,))
+    facts = make_facts(spend=z, rounds=1)
+    assert decide_task(policy, facts, "train", 1, 5, records.spent("r1", 1)).allowed, "this round has paid"
+    assert "in this round" in decide_task(policy, replace(facts, rounds=2), "train", 2, 5, records.spent("r3", 2)).text
 
 
 def test_what_is_sent_again_counts_again_up_to_the_limit(records: SiteRecords) -> None:

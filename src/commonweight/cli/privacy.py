@@ -119,8 +119,7 @@ def ledger(
     All runs together, and what a budget leaves.
     """
     begin(json)
-    if delta is not None and not 0 < delta < 1:
-        raise RecipeError(f"--delta {delta:g}", hint="δ is between 0 and 1, such as 1e-5")
+    _check_delta(delta)
     if budget is not None:
         _set_budget(where, budget, unit, delta)
     show_ledger(_coordinators(identity) if coordinator else _local(where), delta, json)
@@ -190,6 +189,7 @@ def show_ledger(book: Book, delta: float | None, json: bool) -> None:
     from ..federation.ledger import accounts, by_run
     from ..privacy.spending import ADJACENCY
 
+    _check_delta(delta)
     delta = book.delta if delta is None else delta
     if book.budget is not None and delta != book.budget.delta:
         raise RecipeError(
@@ -234,6 +234,11 @@ def show_ledger(book: Book, delta: float | None, json: bool) -> None:
         right=(3, 4, 5),
     )
     say(NOT_COVERED)
+
+
+def _check_delta(delta: float | None) -> None:
+    if delta is not None and not 0 < delta < 1:
+        raise RecipeError(f"--delta {delta:g}", hint="δ is between 0 and 1, such as 1e-5")
 
 
 def _allowed(left: float | None, budget: str) -> tuple[str, str]:

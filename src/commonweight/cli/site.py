@@ -1,4 +1,5 @@
-"""Commands for a site's engineer: site join, run, status, policy, pending, approve, deny, export, audit, accept-log."""
+"""Commands for a site's engineer: site join, run, status, policy, ledger, pending, approve, deny, export, audit,
+accept-log."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import fcntl
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -331,6 +332,34 @@ def _show_decision(decision: Decision, directory: Path, run: str) -> None:
         say("the policy allows it")
 
 
+def ledger(
+    directory: SiteArgument,
+    delta: Annotated[
+        float | None,
+        typer.Option("--delta", help="Add up at this δ. Default: the policy's, else 1e-5.", metavar="DELTA"),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what this site's updates have spent of its privacy.
+
+    All runs together, and what the policy's budget leaves.
+    """
+    begin(json)
+    from ..federation.ledger import Line
+    from ..site.policy import load_policy
+    from ..site.settings import load_settings
+    from .privacy import Book, show_ledger
+
+    settings = load_settings(directory)
+    with _records(directory) as records:
+        names = {job.run: f"{job.facts.name} ({short(job.run)})" for job in records.jobs()}
+        lines = [Line(names.get(run, run), settings.name, spend) for run, spend in records.spends()]
+    budget = None
+    with suppress(PolicyError):  # what was spent is shown under whatever policy
+        budget = load_policy(directory).privacy.budget
+    show_ledger(Book(str(directory), lines, budget, budget.delta if budget else 1e-5), delta, json)
+
+
 def pending(directory: SiteArgument, json: JsonOption = False) -> None:
     """Show the runs that wait for a person's approval, and what each asks for."""
     begin(json)
@@ -526,4 +555,4 @@ def _show_totals(totals: dict[str, dict[str, int]], names: dict[str, str]) -> No
 
 
 #: in the order of the help
-COMMANDS = (join, run, status, policy, pending, approve, deny, export, audit, accept_log)
+COMMANDS = (join, run, status, policy, ledger, pending, approve, deny, export, audit, accept_log)

@@ -24,6 +24,7 @@ from ..identity.folder import IdentityFolder
 from ..identity.jobs import verify_job
 from ..identity.keys import AUDIT, verify
 from ..model.tensors import Layout
+from ..privacy.spending import UNPROTECTED
 from ..recipe.problems import validate
 from ..recipe.schema import FederationSpec, Recipe
 from ..recipe.source import read_source
@@ -267,7 +268,11 @@ class Gate:
         Raises:
             PolicyError: it may not leave.
         """
-        self.records.spend(self.policy(), run=run, round=round, what=what, num_bytes=num_bytes, chunks=chunks)
+        known = self.known(run)
+        spend = UNPROTECTED if known is None else known.facts.spend
+        self.records.spend(
+            self.policy(), run=run, round=round, what=what, num_bytes=num_bytes, chunks=chunks, spend=spend
+        )
         self.audit.append(
             what, run=run, round=round, num_bytes=num_bytes, chunks=chunks, digest=digest, to=to or self.to, task=task
         )

@@ -18,7 +18,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -28,10 +28,11 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from ..errors import PolicyError, RecipeError
 from ..evaluate.metrics import Scores
-from ..federation.private_rounds import planned_noise
+from ..federation.private_rounds import planned_noise, spend_of
 from ..identity.roles import SIGNING_ROLES
 from ..model.shapes import shapes_of
 from ..privacy.accounting import Releases, epsilon
+from ..privacy.spending import UNPROTECTED, Budget, Spend
 from ..recipe.schema import Recipe, Section
 from ..registry import BUILT_IN, built_in, is_listed, resolve
 from ..strategies.base import Strategy
@@ -111,6 +112,10 @@ class PrivacyRules(Section):
     dp_required: bool = Field(description="Only jobs with differential privacy.")
     max_epsilon: float | None = Field(
         gt=0, description="Only jobs that state an ε of at most so much. Null: no bound, and none need be stated."
+    )
+    budget: Budget | None = Field(
+        description="What this site's updates of all runs together may cost: `{unit: site, epsilon: 8, delta: 1e-5}`; "
+        "an update without differential privacy costs ∞. Null: no bound."
     )
     secure_aggregation_required: bool = Field(
         description="Only jobs in which the coordinator learns sums of updates and no single one."
@@ -239,6 +244,7 @@ class JobFacts:
         dp: `none`, or the unit that is protected.
         epsilon: what the job states; None: no bound (∞).
         num_sites: sites that the job names; 0: every enrolled site.
+        spend: what a round costs this site, if the coordinator does as the job says.
     """
 
     run: str
@@ -261,6 +267,7 @@ class JobFacts:
     secure_aggregation: bool
     trust_remote_code: bool
     num_sites: int
+    spend: Spend = UNPROTECTED
 
     @classmethod
     def of(
@@ -311,6 +318,7 @@ class JobFacts:
             secure_aggregation=False,
             trust_remote_code=recipe.model.trust_remote_code,
             num_sites=num_sites,
+            spend=spend_of(recipe),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -320,7 +328,8 @@ class JobFacts:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        return cls(**values)
+        spend = {"spend": Spend.from_json(values["spend"])} if "spend" in values else {}
+        return cls(**{**values, **spend})
 
     def summary(self) -> str:
         """What a person who approves the run is shown, in lines."""
@@ -378,6 +387,7 @@ class Spent:
         rounds: other rounds of the run that this site took part in.
         runs: other runs that this site took part in.
         runs_of_signer: those of them whose jobs the same key signed.
+        spends_run, spends_others: of privacy, by updates that left: in other rounds of the run, and in other runs.
         approval: what a person said about the run: `pending`, `approved`, `denied`; None: nobody was asked.
     """
 
@@ -387,6 +397,8 @@ class Spent:
     rounds: int = 0
     runs: int = 0
     runs_of_signer: int = 0
+    spends_run: tuple[Spend, ...] = ()
+    spends_others: tuple[Spend, ...] = ()
     approval: str | None = None
 
 
@@ -448,11 +460,12 @@ def decide_task(
     return _decision(policy, facts, spent, reasons)
 
 
-def decide_sending(policy: Policy, what: str, num_bytes: int, spent: Spent) -> Decision:
+def decide_sending(policy: Policy, what: str, num_bytes: int, spent: Spent, spend: Spend = UNPROTECTED) -> Decision:
     """Whether so many bytes more may leave now.
 
     Args:
         what: update, scores, samples, or facts.
+        spend: what an update costs.
     """
     reasons = []
     if what not in ("update", "scores", "samples", "facts"):
@@ -463,6 +476,8 @@ def decide_sending(policy: Policy, what: str, num_bytes: int, spent: Spent) -> D
     reasons += _over("max_bytes_total", policy.max_bytes_total, spent.bytes_total, num_bytes, "in all runs")
     if what == "update" and "train" not in policy.kinds:
         reasons.append(f"kinds: {_listed(policy.kinds)}; an update comes of training, which is not among them")
+    if what == "update":
+        reasons += _over_budget(policy, [*spent.spends_others, *spent.spends_run], spend)
     if what in ("scores", "samples") and "evaluate" not in policy.kinds:
         reasons.append(f"kinds: {_listed(policy.kinds)}; {what} come of evaluation, which is not among them")
     if what == "scores" and policy.share.scores == "none":
@@ -485,6 +500,9 @@ def _job_reasons(policy: Policy, facts: JobFacts, spent: Spent) -> Iterator[str]
     yield from _code(policy, facts)
     yield from _how_much(policy, facts, spent)
     yield from _privacy(policy.privacy, facts)
+    if facts.kind == "train":
+        whole = replace(facts.spend, count=facts.spend.count * facts.rounds)
+        yield from _over_budget(policy, spent.spends_others, whole, "in all the job's rounds: ")
 
 
 def _who(policy: Policy, facts: JobFacts, spent: Spent) -> Iterator[str]:
@@ -542,6 +560,11 @@ def _privacy(rules: PrivacyRules, facts: JobFacts) -> Iterator[str]:
         yield "privacy.secure_aggregation_required is true; the job shows the coordinator each site's update"
 
 
+def _over_budget(policy: Policy, before: Sequence[Spend], more: Spend, where: str = "") -> list[str]:
+    why = policy.privacy.budget.excess(before, more) if policy.privacy.budget is not None else ""
+    return [f"privacy.budget: {where}{why}"] if why else []
+
+
 def _task_reasons(
     policy: Policy, facts: JobFacts, kind: str, round: int, cohort_size: int | None, spent: Spent
 ) -> Iterator[str]:
@@ -580,6 +603,7 @@ def _round_reasons(policy: Policy, facts: JobFacts, round: int, cohort_size: int
         yield f"max_rounds is {policy.max_rounds}; this site took part in {spent.rounds} rounds of the run already"
     if cohort_size is not None and cohort_size < policy.min_cohort:
         yield f"min_cohort is {policy.min_cohort}; {cohort_size} sites are invited to the round"
+    yield from _over_budget(policy, [*spent.spends_others, *spent.spends_run], facts.spend, "in this round: ")
     fresh = facts.update_bytes if spent.bytes_round == 0 else 0  # what a round has sent already is not sent twice
     yield from _over("max_bytes_total", policy.max_bytes_total, spent.bytes_total, fresh, "in this round")
 

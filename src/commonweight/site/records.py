@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import AccessError, PolicyError, StateError, StorageError
+from ..privacy.spending import UNPROTECTED, Spend
 from .policy import Decision, JobFacts, Policy, Spent, decide_sending
 
 Approval = Literal["pending", "approved", "denied"]
@@ -26,6 +27,8 @@ JobState = Literal["asked", "joined", "refused", "ended"]
 _FORMAT = "1"
 _HEADS_KEPT = 1000
 _BUSY_MS = 10_000
+_KIND = "unit, mechanism, noise_multiplier, sampling"
+_SPEND = f"{_KIND}, sum(count)"
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -37,6 +40,10 @@ CREATE TABLE IF NOT EXISTS rounds (
 CREATE TABLE IF NOT EXISTS sent (
     run TEXT NOT NULL, round INTEGER NOT NULL, what TEXT NOT NULL, bytes INTEGER NOT NULL, chunks INTEGER NOT NULL,
     first_t REAL NOT NULL, last_t REAL NOT NULL, PRIMARY KEY (run, round, what));
+CREATE TABLE IF NOT EXISTS spends (
+    run TEXT NOT NULL, round INTEGER NOT NULL, unit TEXT NOT NULL, adjacency TEXT NOT NULL, mechanism TEXT NOT NULL,
+    noise_multiplier REAL NOT NULL, sampling REAL NOT NULL, count INTEGER NOT NULL, t REAL NOT NULL,
+    PRIMARY KEY (run, round));
 CREATE TABLE IF NOT EXISTS approvals (
     run TEXT PRIMARY KEY, summary TEXT NOT NULL, state TEXT NOT NULL, asked_t REAL NOT NULL, decided_t REAL,
     decided_by TEXT NOT NULL DEFAULT '');
@@ -223,10 +230,22 @@ class SiteRecords:
                 run,
             )
             approval = self._one("SELECT state FROM approvals WHERE run = ?", run)
-        return Spent(of_round, of_run, total, rounds, runs, of_signer, approval[0] if approval else None)
+            spends = self._spends("run = ? AND round != ?", run, round), self._spends("run != ?", run)
+        return Spent(of_round, of_run, total, rounds, runs, of_signer, *spends, approval[0] if approval else None)
 
-    def spend(self, policy: Policy, *, run: str, round: int, what: str, num_bytes: int, chunks: int = 1) -> None:
+    def spend(
+        self,
+        policy: Policy,
+        *,
+        run: str,
+        round: int,
+        what: str,
+        num_bytes: int,
+        chunks: int = 1,
+        spend: Spend = UNPROTECTED,
+    ) -> None:
         """Write down that bytes are about to leave, and only then may they be sent. Sent again, they count again.
+        What an update costs of this site's privacy counts once in a round.
 
         The policy is checked and the bytes are counted in one transaction, so that sendings at the same time cannot
         pass a limit together.
@@ -234,15 +253,33 @@ class SiteRecords:
         Args:
             round: 0 for what leaves outside of rounds.
             what: update, scores, samples or facts.
+            spend: what an update costs.
 
         Raises:
             PolicyError: the policy does not let them leave; nothing was counted.
         """
         with self._writing():
-            decision = decide_sending(policy, what, num_bytes, self.spent(run, round))
+            decision = decide_sending(policy, what, num_bytes, self.spent(run, round), spend)
             if decision.allowed:
                 self._count(run, round, what, num_bytes, chunks)
+                if what == "update":
+                    self._charge(run, round, spend)
         _enforce(decision)
+
+    def _charge(self, run: str, round: int, spend: Spend) -> None:
+        values = (spend.unit, spend.adjacency, spend.mechanism, spend.noise_multiplier, spend.sampling, spend.count)
+        self._db.execute(
+            "INSERT OR IGNORE INTO spends VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (run, round, *values, self._now())
+        )
+
+    def spends(self) -> list[tuple[str, Spend]]:
+        """What updates have cost of this site's privacy, by run, in the order of the runs."""
+        rows = self._all(f"SELECT run, {_SPEND} FROM spends GROUP BY run, {_KIND} ORDER BY min(rowid)")
+        return [(run, Spend(*spend)) for run, *spend in rows]
+
+    def _spends(self, where: str, *values: Any) -> tuple[Spend, ...]:
+        rows = self._db.execute(f"SELECT {_SPEND} FROM spends WHERE {where} GROUP BY {_KIND}", values)
+        return tuple(Spend(*row) for row in rows)
 
     def _count(self, run: str, round: int, what: str, num_bytes: int, chunks: int) -> None:
         now = self._now()

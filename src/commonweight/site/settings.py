@@ -257,6 +257,7 @@ max_bytes_total: 4 GiB      # that may ever leave, in all runs together
 privacy:
   dp_required: false        # true: only jobs with differential privacy
   max_epsilon: null         # a number: only jobs that state an epsilon of at most so much
+  budget: null              # {unit: site, epsilon: 8, delta: 1e-5}: what this site's updates of all runs may cost
   secure_aggregation_required: false   # true: only jobs that reveal no single site's update to the coordinator
 
 remote_code: false          # always false: code from a model's folder is never run
