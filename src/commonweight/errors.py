@@ -15,12 +15,14 @@
     ├── UnreachableError              9   the other side of a connection cannot be reached
     └── PolicyError                   10  a site's own policy says no
 
-Exit code 130 means interrupted by Ctrl-C. A message says what was wrong and where; `hint` says what to do; `retry`
-says whether the same command may simply be repeated. Only a defect in commonweight itself ends in a traceback.
+Exit code 130 means interrupted by Ctrl-C; 11, which is no error, that a leak audit has refuted what a run claims. A
+message says what was wrong and where; `hint` says what to do; `retry` says whether the same command may simply be
+repeated. Only a defect in commonweight itself ends in a traceback.
 """
 
 from __future__ import annotations
 
+EXIT_REFUTED = 11
 EXIT_INTERRUPTED = 130
 
 

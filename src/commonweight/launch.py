@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .data.canaries import FILE as CANARIES
 from .data.names import require_sites
 from .engines.bench import Bench, build_bench
 from .engines.inprocess import InProcessEngine, available_cores
@@ -111,6 +112,8 @@ def _run(
         clock = _clock(recipe, sites)
         digests = _digests(recipe, bench)
         journal.bind(digests)
+        if bench.canaries is not None:
+            write_json(folder.path / CANARIES, bench.canaries.to_json(bench.base.tokenizer))
         seconds = time.perf_counter() - began
         layout = bench.partition["layout"]
         parts = {site: shape.facts(bench.theta.layout) for site, shape in bench.shapes.items()}
@@ -236,6 +239,7 @@ def _facts(bench: Bench, digests: Mapping[str, str], trained: Mapping[str, Any])
         },
         "machine": {**_machine(), "device": str(bench.base.device), "workers": trained["workers"]},
         "adapter": {"digest": trained["adapter_digest"]},
+        **({"canaries": bench.canaries.facts()} if bench.canaries is not None else {}),
     }
 
 

@@ -230,6 +230,7 @@ def test_json_is_all_that_standard_output_holds(recipe: str) -> None:
         "plan": call("plan", recipe, "--json"),
         "runs": call("runs", "--json"),
         "ledger": call("ledger", "--json"),
+        "audit": call("audit", "runs/small", "--json"),
         "report": call("report", "runs/small", "--json"),
         "methods": call("methods", "--json"),
         "evaluate": call("evaluate", "runs/small", "--json"),

@@ -120,7 +120,7 @@ def test_scores_do_not_depend_on_the_batches(budget: int, monkeypatch: pytest.Mo
 
 def test_batches_stay_within_their_budget() -> None:
     tokens = examples(*SHAPES * 3)
-    batches = list(scoring._by_length(tokens, 40))
+    batches = list(scoring.by_length(tokens, 40))
     assert sorted(i for batch in batches for i in batch) == list(range(18))
     assert max(len(batch) * max(tokens.lengths[batch]) for batch in batches) <= 40
 

@@ -16,6 +16,7 @@ import typer
 from .. import __version__
 from ..errors import CommonweightError, RecipeError, StorageError
 from . import coordinator, jobs, relay, site
+from .audit import audit
 from .inspect import methods, report, runs
 from .privacy import ledger, plan
 from .sandbox import sandbox
@@ -41,7 +42,7 @@ app = typer.Typer(
     "Begin with `commonweight demo`, then `commonweight init` for data of your own, then `commonweight sandbox` for a "
     "federation over the network.",
     epilog="Exit codes: 0 done, 2 recipe or option, 3 data, 4 model, 5 round, 6 run folder, 7 storage, "
-    "8 identity or role, 9 unreachable, 10 a site's policy, 130 interrupted, 1 anything else.",
+    "8 identity or role, 9 unreachable, 10 a site's policy, 11 an audit that failed, 130 interrupted, 1 anything else.",
     **_STYLE,
 )
 
@@ -75,7 +76,7 @@ def _group(name: str, help: str, commands: tuple[Callable[..., None], ...]) -> N
     app.add_typer(group)
 
 
-for command in (demo, init, validate, plan, run, report, runs, ledger, methods, evaluate, chat, export, sandbox):
+for command in (demo, init, validate, plan, run, report, runs, ledger, audit, methods, evaluate, chat, export, sandbox):
     app.command()(_guarded(command))
 _group("coordinator", "Run a federation's coordinator.", coordinator.COMMANDS)
 _group("site", "Take part in a federation as a site, with data that stay where they are.", site.COMMANDS)

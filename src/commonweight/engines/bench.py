@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
+from ..data.canaries import Canaries, plant
 from ..data.names import require_sites
 from ..data.sites import Site, keep_aside, load_sites
 from ..errors import RecipeError
@@ -47,6 +48,7 @@ class Bench:
         shapes: of the sites that hold less than the whole adapter.
         moved: the base's weights under the adapter, if the strategy adds to them.
         personal: the initial values of what sites train but keep to themselves, which are not in `theta` either.
+        canaries: made-up rows, of which those planted are among the sites' training rows.
     """
 
     recipe: Recipe
@@ -62,6 +64,7 @@ class Bench:
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     moved: MovedBase | None = None
     personal: NamedTensors = field(default_factory=lambda: NamedTensors.of({}))
+    canaries: Canaries | None = None
 
     @property
     def must_match_too(self) -> dict[str, str]:
@@ -150,8 +153,10 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
         require_sites(recipe.training.budget, names, "training.budget")
         require_sites(spec.adapter.sites, names, "model.adapter.sites")
         require_sites(spec.adapter.budget, names, "model.adapter.budget")
-    share, frozen_part = asked_by_strategy(recipe, "aside", 0.0), asked_by_strategy(recipe, "frozen", "")
-    sites = [keep_aside(site, share, seed=recipe.seed) if share else site for site in sites]
+    sites, canaries = trained_on(recipe, sites), None
+    if sites and recipe.privacy.canaries is not None:
+        sites, canaries = plant(sites, recipe.privacy.canaries, seed=recipe.seed, tokenizer=base.tokenizer)
+    frozen_part = asked_by_strategy(recipe, "frozen", "")
     digest = weights_digest(base.model)  # before the adapter's tensors join it
     model = attach_adapter(base, spec.adapter, seed=derive_seed(recipe.seed, "adapter"))
     if recipe.training.gradient_checkpointing:
@@ -181,7 +186,14 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
         shapes_of(spec.adapter, trainables.shared.layout),
         MovedBase(model) if asked_by_strategy(recipe, "moves_base", False) else None,
         on_cpu(trainables.personal),
+        canaries,
     )
+
+
+def trained_on(recipe: Recipe, sites: list[Site]) -> list[Site]:
+    """The sites without the rows that the recipe's strategy keeps out of training."""
+    share = asked_by_strategy(recipe, "aside", 0.0)
+    return [keep_aside(site, share, seed=recipe.seed) if share else site for site in sites]
 
 
 def asked_by_strategy(recipe: Recipe, attribute: str, otherwise: T) -> T:

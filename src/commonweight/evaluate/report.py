@@ -15,20 +15,25 @@ from typing import Any
 
 from commonweight.errors import StateError, StorageError
 
+from .leaks import leaks
+from .summary import dig
 from .text import shortened
 from .view import build_view
 
 FORMAT = 1
+#: what a leak audit has found, beside the metrics
+AUDIT = "audit.json"
 KINDS: dict[str, type] = {"arms": dict, "gains": dict, "sites": dict, "rounds": list, "samples": list}
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def build_report(metrics: Mapping[str, Any], recipe_yaml: str) -> str:
+def build_report(metrics: Mapping[str, Any], recipe_yaml: str, audit: Mapping[str, Any] | None = None) -> str:
     """The report as HTML.
 
     Args:
         metrics: a run's `metrics.json`; any arm, and any part beyond `name`, may be missing.
         recipe_yaml: the resolved recipe, shown as it is.
+        audit: what a leak audit has found, if there was one.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -41,11 +46,13 @@ def build_report(metrics: Mapping[str, Any], recipe_yaml: str) -> str:
     )
     environment.filters["shortened"] = shortened
     style_css = (TEMPLATES / "style.css").read_text("utf-8")
-    return environment.get_template("report.html").render(style_css=style_css, **build_view(metrics, recipe_yaml))
+    view = {**build_view(metrics, recipe_yaml), "leaks": leaks(audit or {})}
+    return environment.get_template("report.html").render(style_css=style_css, **view)
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` from `metrics.json` and `recipe.yaml` beside it, in one step.
+    """Write `run_dir/report.html` from `metrics.json`, `recipe.yaml` and, if there is one of this very adapter,
+    `audit.json` beside it, in one step.
 
     Returns:
         The report's path.
@@ -57,7 +64,7 @@ def write_report(run_dir: Path) -> Path:
     metrics = read_metrics(run_dir)
     recipe_yaml = _read(run_dir / "recipe.yaml")
     path = run_dir / "report.html"
-    _replace(path, build_report(metrics, recipe_yaml).encode("utf-8", "replace"))
+    _replace(path, build_report(metrics, recipe_yaml, read_audit(run_dir, metrics)).encode("utf-8", "replace"))
     return path
 
 
@@ -82,6 +89,23 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
         if not isinstance(metrics.get(key, kind()), kind):
             raise StateError(f"{path}: `{key}` must be a {kind.__name__}", hint="run it again, or restore the file")
     return metrics
+
+
+def read_audit(run_dir: Path, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a leak audit of this run has found; None if there was none, or if it was of another adapter.
+
+    Raises:
+        StateError: the file is damaged.
+    """
+    path = run_dir / AUDIT
+    if not path.exists():
+        return None
+    try:
+        audit = json.loads(_read(path))
+        current = audit["adapter_digest"] == dig(metrics, "adapter", "digest") and audit["format"] == FORMAT
+    except (ValueError, KeyError, TypeError) as error:
+        raise StateError(f"{path} is damaged: {error}", hint="delete it, or run the audit again") from error
+    return audit if current else None
 
 
 def _read(path: Path) -> str:

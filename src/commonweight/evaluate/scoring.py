@@ -24,7 +24,7 @@ def score_tokens(language_model: LanguageModel, tokens: Tokens) -> tuple[np.ndar
     """(Σ nats float64, label tokens int64, greedy-correct label tokens int64) of each of N examples, [N] each."""
     language_model.model.eval()
     nats, labels, correct = np.zeros(len(tokens)), np.zeros(len(tokens), np.int64), np.zeros(len(tokens), np.int64)
-    for rows in _by_length(tokens, _BATCH_TOKENS.get(language_model.device.type, 1024)):
+    for rows in by_length(tokens, batch_tokens(language_model.device)):
         batch = collate(tokens, [[row] for row in rows], language_model.device)
         nats_L, correct_L, examples_L = (t.cpu().numpy() for t in score(language_model, batch))
         np.add.at(nats, examples_L, nats_L)
@@ -33,7 +33,12 @@ def score_tokens(language_model: LanguageModel, tokens: Tokens) -> tuple[np.ndar
     return nats, labels, correct
 
 
-def _by_length(tokens: Tokens, batch_tokens: int) -> Iterator[list[int]]:
+def batch_tokens(device: torch.device) -> int:
+    """Tokens of a batch, padding included, that suit a device."""
+    return _BATCH_TOKENS.get(device.type, 1024)
+
+
+def by_length(tokens: Tokens, batch_tokens: int) -> Iterator[list[int]]:
     """Batches of at most so many tokens, padding included, longest examples first."""
     lengths = tokens.lengths
     order = sorted(range(len(tokens)), key=lambda i: (-int(lengths[i]), i))

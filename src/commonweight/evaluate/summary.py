@@ -181,7 +181,7 @@ def summary_paragraphs(metrics: Metrics) -> list[list[str]]:
     parts: tuple[tuple[Callable[[Metrics], str], ...], ...] = (
         (_who, _clusters, _losses, _perplexity),
         (_verdicts, _personal, _pooling),
-        (_what_left, _missing_answers, _arrivals, _privacy, _sums, _simulation),
+        (_what_left, _missing_answers, _arrivals, _privacy, _sums, _canaries, _simulation),
     )
     written = [[text for part in group if (text := part(metrics))] for group in parts]
     return [paragraph for paragraph in written if paragraph]
@@ -373,6 +373,15 @@ def _sums(metrics: Metrics) -> str:
         if secure
         else "off; whoever combined the updates saw each of them."
     )
+
+
+def _canaries(metrics: Metrics) -> str:
+    planted = finite(dig(metrics, "canaries", "planted"))
+    if planted is None:
+        return ""
+    times = int(finite(dig(metrics, "canaries", "repeat")) or 1)
+    each = "" if times == 1 else f", {count(times)} times each"
+    return f"{sentence(counted(int(planted), 'made-up row'))} were planted among the training rows{each}, for an audit."
 
 
 def _simulation(metrics: Metrics) -> str:

@@ -9,6 +9,8 @@ sites/III/NNNN.safetensors  a site's private state after round NNNN (III: the si
 controls/<arm>/III/         tensors of the control arms
 personal/III/               a site's own model, written when somebody asks for it
 adapter/                    the result
+canaries.json               made-up rows and whether each was planted, if the recipe asks for them
+audit.json                  what `commonweight audit` found
 """
 
 from __future__ import annotations

@@ -538,6 +538,23 @@ class EngineSpec(Section):
         return self
 
 
+class CanariesSpec(Section):
+    """Made-up rows for `commonweight audit`: each is put among a site's training rows, or not, by a coin of its own.
+
+    A canary has the length of one of the site's rows, and random tokens.
+    """
+
+    count: int = Field(ge=8, le=100_000, description="Number of canaries, of which about a half is planted.")
+    sites: Literal["all"] | list[str] = Field("all", description="Sites to which canaries are dealt in turn.")
+    repeat: int = Field(1, ge=1, le=1000, description="How often a planted canary is among its site's rows.")
+
+    @model_validator(mode="after")
+    def _some_site(self) -> Self:
+        if not self.sites:
+            raise ValueError("sites is empty; name some, or leave it out for all")
+        return self
+
+
 class PrivacySpec(Section):
     """What bounds what is learnt of a site: by whoever gets the result, and by the coordinator."""
 
@@ -557,6 +574,9 @@ class PrivacySpec(Section):
     )
     noise_multiplier: float | None = Field(
         None, ge=0, description="z: the noise's standard deviation in units of `clip`; ε follows. Or `epsilon`."
+    )
+    canaries: CanariesSpec | None = Field(
+        None, description="Plant made-up rows, by which `commonweight audit` bounds ε from below. Simulations only."
     )
 
     secure_aggregation: Literal["auto", "on", "off"] = Field(

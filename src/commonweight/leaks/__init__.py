@@ -1,0 +1,1 @@
+"""What a run gives away: attacks on its own result."""
