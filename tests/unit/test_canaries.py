@@ -110,7 +110,12 @@ def test_a_bench_plants_them_and_reports_the_real_rows_alone(make_recipe: Make) 
 
 @pytest.mark.parametrize(
     ("spec", "words"),
-    [({"count": 4}, "greater than or equal to 8"), ({"count": 8, "sites": []}, "sites is empty"), ({}, "count")],
+    [
+        ({"count": 4}, "too few to show anything"),
+        ({"count": 8, "sites": []}, "sites is empty"),
+        ({"number": 8}, "number"),
+        ({"repeat": 2}, "do nothing without"),
+    ],
 )
 def test_a_recipe_that_asks_for_nonsense_is_refused(make_recipe: Make, spec: Any, words: str) -> None:
     with pytest.raises((CommonweightError, ValueError), match=words):

@@ -154,7 +154,7 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
         require_sites(spec.adapter.sites, names, "model.adapter.sites")
         require_sites(spec.adapter.budget, names, "model.adapter.budget")
     sites, canaries = trained_on(recipe, sites), None
-    if sites and recipe.privacy.canaries is not None:
+    if sites and recipe.privacy.canaries.count:
         sites, canaries = plant(sites, recipe.privacy.canaries, seed=recipe.seed, tokenizer=base.tokenizer)
     frozen_part = asked_by_strategy(recipe, "frozen", "")
     digest = weights_digest(base.model)  # before the adapter's tensors join it

@@ -152,7 +152,7 @@ def _group(site: Site, row: int) -> str:
 
 
 def _canaries(run: Path, recipe: Recipe) -> Canaries | None:
-    if recipe.privacy.canaries is None:
+    if not recipe.privacy.canaries.count:
         return None
     path = run / CANARIES
     try:

@@ -83,7 +83,7 @@ def check_methods(recipe: Recipe, *, network: bool = False, objective: bool = Tr
             "privacy.secure_aggregation on: runs over a network do not use secure sums yet",
             hint="set it to off, or carry the recipe out by `commonweight run`",
         )
-    if network and recipe.privacy.canaries is not None:
+    if network and recipe.privacy.canaries.count:
         raise RecipeError(
             "`privacy.canaries`: over a network nobody may see which canaries a site has planted and ask the model too",
             hint="leave it out, or carry the recipe out by `commonweight run`, where all rows are at hand",

@@ -539,17 +539,25 @@ class EngineSpec(Section):
 
 
 class CanariesSpec(Section):
-    """Made-up rows for `commonweight audit`: each is put among a site's training rows, or not, by a coin of its own.
-
-    A canary has the length of one of the site's rows, and random tokens.
+    """Made-up rows by which `commonweight audit` bounds ε from below; simulations only. Each is put among a site's
+    training rows, or not, by a coin of its own; it has the length of one of them, and random tokens.
     """
 
-    count: int = Field(ge=8, le=100_000, description="Number of canaries, of which about a half is planted.")
+    count: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="Number of canaries, of which about a half is planted. 0: none; else at least 8.",
+    )
     sites: Literal["all"] | list[str] = Field("all", description="Sites to which canaries are dealt in turn.")
     repeat: int = Field(1, ge=1, le=1000, description="How often a planted canary is among its site's rows.")
 
     @model_validator(mode="after")
-    def _some_site(self) -> Self:
+    def _enough(self) -> Self:
+        if not self.count and (self.sites != "all" or self.repeat != 1):
+            raise ValueError("`sites` and `repeat` do nothing without `count`; give one, or remove them")
+        if 0 < self.count < 8:
+            raise ValueError(f"count {self.count} is too few to show anything; plant at least 8, better some hundreds")
         if not self.sites:
             raise ValueError("sites is empty; name some, or leave it out for all")
         return self
@@ -575,9 +583,7 @@ class PrivacySpec(Section):
     noise_multiplier: float | None = Field(
         None, ge=0, description="z: the noise's standard deviation in units of `clip`; ε follows. Or `epsilon`."
     )
-    canaries: CanariesSpec | None = Field(
-        None, description="Plant made-up rows, by which `commonweight audit` bounds ε from below. Simulations only."
-    )
+    canaries: CanariesSpec = Field(default_factory=CanariesSpec, description="Made-up rows for a leak audit.")
 
     secure_aggregation: Literal["auto", "on", "off"] = Field(
         "auto",
