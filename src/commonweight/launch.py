@@ -38,7 +38,7 @@ from .federation.secure_rounds import SimulatedSums, check_sums
 from .federation.shelf import FolderShelf
 from .federation.tally import Sites
 from .model.base import tokenizer_digest
-from .recipe.compatibility import personal_parts
+from .recipe.compatibility import keeps_state
 from .recipe.load import check_methods, load_recipe
 from .recipe.resolved import recipe_differences, recipe_digest, recipe_text
 from .recipe.schema import Recipe
@@ -173,7 +173,7 @@ def _train(
             journal,
             sites,
             model.layout,
-            site_state=strategy.site_state or bool(personal_parts(recipe)),
+            site_state=keeps_state(recipe, strategy),
             keep_rounds=recipe.output.keep_rounds,
         )
         if isinstance(strategy, AsynchronousStrategy):

@@ -1,8 +1,8 @@
 """One door for every method: built in, installed by a package, or named by its dotted path.
 
 A recipe names a method (`fedavg`), and a class answers to it. Names come from entry points in the groups
-`commonweight.strategies` and `commonweight.objectives`; a dotted name `package.module:Class` needs no
-registration. Built-in methods are registered in this project's own `pyproject.toml` and use the same door.
+`commonweight.strategies`, `commonweight.objectives` and those of a codec's stages; a dotted name `package.module:Class`
+needs no registration. Built-in methods are registered in this project's own `pyproject.toml` and use the same door.
 """
 
 from __future__ import annotations
@@ -16,19 +16,25 @@ from typing import Any
 
 from .errors import RecipeError
 
-GROUPS = {"strategy": "commonweight.strategies", "objective": "commonweight.objectives"}
+GROUPS = {
+    "strategy": "commonweight.strategies",
+    "objective": "commonweight.objectives",
+    "shortening": "commonweight.shortenings",
+    "rounding": "commonweight.roundings",
+    "packing": "commonweight.packings",
+}
 #: in a list of methods that may run somewhere: all that are commonweight's own
 BUILT_IN = "built-in"
 
 
 def names(kind: str) -> list[str]:
-    """The registered names of a kind (`strategy`, `objective`), sorted."""
+    """The registered names of a kind (`strategy`, `objective`, …), sorted."""
     return sorted({point.name for point in entry_points(group=GROUPS[kind])})
 
 
 @lru_cache
 def built_in(kind: str) -> frozenset[str]:
-    """Names of the methods (`strategy`, `objective`) that are commonweight's own, and nobody else's as well."""
+    """Names of the methods of a kind that are commonweight's own, and nobody else's as well."""
     points = list(entry_points(group=GROUPS[kind]))
     foreign = {point.name for point in points if not point.module.startswith("commonweight.")}
     return frozenset(point.name for point in points) - foreign

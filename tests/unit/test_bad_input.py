@@ -177,9 +177,9 @@ CASES = [
     ),
     Case(
         "compression section",
-        "run recipe.yaml --set compression=none",
+        "run recipe.yaml --set compression=zip",
         2,
-        ("`compression`", "not available in this version"),
+        ("`compression`", '"zip"', "`none`, `auto`"),
     ),
     Case(
         "set without =",

@@ -69,6 +69,7 @@ ASKED: dict[str, tuple[Change, bool, str, Change]] = {
         "fedavg",
         use("fedavg"),
     ),
+    "error feedback": (lambda values: values.update(compression="auto"), False, "fedavg", use("fedavg")),
     "relays": (lambda values: values["federation"].update(relays={"r": ["s"]}), False, "fedavg", use("fedavg")),
 }
 

@@ -202,6 +202,23 @@ CLUSTERS = Story(
     keep_updates_over_s=0.0,
     kept=True,
 )
+ERRORS = Story(
+    {
+        "federation": {"rounds": 4, "cohort": 2},
+        "training": {"steps": 1},
+        "compression": {"shorten": {"name": "top-k", "keep": 0.1}, "round": {"name": "uniform", "bits": 4}},
+    },
+    deaths(
+        ("write_tensors", "after", 2),  # a site has written what it could not send, and nobody has its update
+        ("journal.keep_update", "after"),
+        ("journal.commit", "before"),
+        ("journal.commit", "after"),
+        ("forget", "before", 2),
+        ("write_state", "after"),
+    ),
+    keep_updates_over_s=0.0,
+    kept=True,
+)
 STORIES = {
     "every arm": EVERY_ARM,
     "site state": SITE_STATE,
@@ -210,6 +227,7 @@ STORIES = {
     "clusters": CLUSTERS,
     "parts": PARTS,
     "moved base": MOVED_BASE,
+    "errors": ERRORS,
 }
 
 

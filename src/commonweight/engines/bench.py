@@ -9,6 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
+from ..codec.chain import codec_of
+from ..codec.feedback import Coder
 from ..data.canaries import Canaries, plant
 from ..data.names import require_sites
 from ..data.sites import Site, keep_aside, load_sites
@@ -49,6 +51,7 @@ class Bench:
         moved: the base's weights under the adapter, if the strategy adds to them.
         personal: the initial values of what sites train but keep to themselves, which are not in `theta` either.
         canaries: made-up rows, of which those planted are among the sites' training rows.
+        coder: makes updates small, if the recipe asks for that.
     """
 
     recipe: Recipe
@@ -65,6 +68,7 @@ class Bench:
     moved: MovedBase | None = None
     personal: NamedTensors = field(default_factory=lambda: NamedTensors.of({}))
     canaries: Canaries | None = None
+    coder: Coder | None = None
 
     @property
     def must_match_too(self) -> dict[str, str]:
@@ -172,6 +176,7 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
             hint="use packing: false with this architecture",
         )
     objective = _objective(recipe.training.objective)
+    codec = codec_of(recipe.compression)
     return Bench(
         recipe,
         base,
@@ -187,6 +192,7 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
         MovedBase(model) if asked_by_strategy(recipe, "moves_base", False) else None,
         on_cpu(trainables.personal),
         canaries,
+        Coder(codec, trainables.shared.layout, recipe.seed) if codec is not None else None,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codec.feedback import Coded
 from ..errors import SiteError
 from ..evaluate.scoring import answer, score_site, score_tokens
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, TrainTask
@@ -32,6 +33,13 @@ ALPHAS = tuple(tenth / 10 for tenth in range(11))
 
 Progress = Callable[[dict[str, Any]], None]
 
+#: of a channel, in a site's private state: what its updates have not sent yet
+_LATE = "slot/late-"
+
+
+def unseen(coded: Coded) -> None:
+    pass
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -40,7 +48,7 @@ class Trained:
     Args:
         further: the update's other channels.
         state: the site's new private state.
-        figures: `num_examples`, `num_label_tokens`, `num_steps`, `cluster` and `metrics`, in plain numbers.
+        figures: what `Update` has beside tensors and weight, in plain numbers.
     """
 
     further: Mapping[str, NamedTensors]
@@ -74,6 +82,7 @@ class TaskWork:
         checkpoint: Checkpoint | None = None,
         own_checkpoint: Checkpoint | None = None,
         on_step: Callable[[int], None] = untold,
+        sent: Callable[[Coded], None] = unseen,
     ) -> Trained:
         """One site's turn.
 
@@ -83,6 +92,8 @@ class TaskWork:
             the whole adapter, θ is what it was handed, and the rest of `delta` is zero.
             state: the site's private state; empty if it has none yet.
             own_checkpoint: of the training of its own model, if there is one.
+            sent: given the update's payloads, in order, if a codec makes it small; `delta` and the further channels
+                are then what the payloads stand for.
 
         Raises:
             SiteError: a loss that is not finite, or an objective that went beyond the site's part; Cancelled.
@@ -127,6 +138,7 @@ class TaskWork:
             seed, steps = derive_seed(self.bench.recipe.seed, "own", task.site, task.round), change.steps(task.steps)
             own = replace(work, steps=steps, seed=seed, correction=change.pull, checkpoint=own_checkpoint)
             new_state["own"] = self._own(own, state.get("own", theta))
+        num_bytes = self._code(task, {"delta": delta, **further}, state, new_state, sent)
         # plain numbers: an objective of one's own may count in NumPy's or torch's
         metrics = {"loss": float(result.loss), "seconds": time.perf_counter() - began}
         if result.first_loss is not None:
@@ -136,9 +148,33 @@ class TaskWork:
             "num_label_tokens": int(result.num_label_tokens),
             "num_steps": int(result.num_steps),
             "cluster": cluster,
+            "num_bytes": num_bytes,
             "metrics": metrics,
         }
         return Trained(further, new_state, figures)
+
+    def _code(
+        self,
+        task: TrainTask,
+        channels: Mapping[str, NamedTensors],
+        state: Mapping[str, NamedTensors],
+        new_state: dict[str, NamedTensors],
+        sent: Callable[[Coded], None],
+    ) -> int:
+        """Make an update small; returns its bytes, 0 where nothing is asked for. What is lost goes into `new_state`."""
+        coder, num_bytes = self.bench.coder, 0
+        late: dict[str, NamedTensors] = {}
+        if coder is None:
+            return 0
+        if self.bench.recipe.compression.keeps_errors:
+            for channel, tensors in channels.items():
+                known = state.get(_LATE + channel)
+                late[channel] = NamedTensors.zeros(tensors.layout, wide=True) if known is None else known
+        for coded in coder.encode(channels, late, site=task.site, round=task.round):
+            num_bytes += len(coded.payload)
+            sent(coded)
+        new_state.update({_LATE + channel: tensors for channel, tensors in late.items()})
+        return num_bytes
 
     def _own(self, work: LocalWork, start: NamedTensors) -> NamedTensors:
         """The site's own model after a turn of its own; at first it is the global one."""

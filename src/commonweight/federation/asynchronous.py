@@ -287,6 +287,7 @@ class AsynchronousRun:
             "num_examples": update.num_examples,
             "num_label_tokens": update.num_label_tokens,
             "num_steps": update.num_steps,
+            "num_bytes": update.num_bytes,
             "loss": update.metrics.get("loss", 0.0),
         }
 
@@ -304,6 +305,7 @@ class AsynchronousRun:
             num_examples=record["num_examples"],
             num_label_tokens=record["num_label_tokens"],
             num_steps=record["num_steps"],
+            num_bytes=record.get("num_bytes", 0),
             metrics={"loss": record["loss"]},
         )
         return work

@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import QuorumError, UpdateRefused
 from ..privacy.secure_aggregation.graph import majority
 from ..privacy.secure_aggregation.rows import Most, row_layout
-from ..recipe.compatibility import personal_parts
+from ..recipe.compatibility import keeps_state
 from ..recipe.schema import Recipe
 from ..strategies.base import Strategy
 from ..strategies.update import Update
@@ -40,7 +40,7 @@ from .shelf import Shelf
 from .tally import Sites, Tally, Timing
 
 #: what an event says by itself; a site's metric of such a name is not shown with it
-_EVENT_FIELDS = frozenset({"self", "t", "event", "round", "site", "examples"})
+_EVENT_FIELDS = frozenset({"self", "t", "event", "round", "site", "examples", "bytes_up"})
 
 
 class FederatedRun:
@@ -76,7 +76,7 @@ class FederatedRun:
         model.clusters = clusters_in_rounds(journal)
         evaluation.start = self._start_of_evaluation
         self._enter(journal.last_round() + 1)
-        self.keeps_state = strategy.site_state or bool(personal_parts(recipe))
+        self.keeps_state = keeps_state(recipe, strategy)
         evaluation.state_of = self.state_of
 
     def run(self) -> None:
@@ -127,7 +127,7 @@ class FederatedRun:
 
         self.model.open()
         further = bytes_to_catch_up(self.journal.commits(), cohort) if self.strategy.moves_base else 0
-        tally = Tally(lr=lr, layout=self.model.layout, sites=self.sites, further_bytes_down=further)
+        tally = Tally(lr, self.model.layout, self.sites, further, channels=len(self.strategy.update_channels))
         if self.secure is not None:
             tally.bytes_of_update = row_layout(self.model.layout).num_bytes
             round = self._share_keys(round, lr, self.secure)
@@ -231,6 +231,7 @@ class FederatedRun:
         figures = {name: value for name, value in update.metrics.items() if name not in _EVENT_FIELDS}
         if self.secure is None:
             figures["examples"] = update.num_examples
+        figures["bytes_up"] = tally.bytes_of(update)
         self.events.emit("update_accepted", round=round.number, site=update.site, **figures)
         return after
 

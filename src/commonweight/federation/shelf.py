@@ -68,6 +68,7 @@ class FolderShelf:
             "num_label_tokens": update.num_label_tokens,
             "num_steps": update.num_steps,
             "cluster": update.cluster,
+            "num_bytes": update.num_bytes,
             "metrics": dict(update.metrics),
         }
         self.journal.keep_update(update.round, update.site, {"sha256": sha256, **numbers})

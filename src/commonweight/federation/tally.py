@@ -65,6 +65,7 @@ class Tally:
     Args:
         layout: of the global tensors.
         sites: those that send or fetch less say so.
+        channels: of an update.
         further_bytes_down: what the cohort receives beside the global tensors, all sites together.
         bytes_of_update: what a site sends, if that is no copy of its tensors.
     """
@@ -73,6 +74,7 @@ class Tally:
     layout: Layout
     sites: Sites
     further_bytes_down: int = 0
+    channels: int = 1
     bytes_of_update: int | None = None
     updates: int = 0
     bytes_up: int = 0
@@ -86,8 +88,7 @@ class Tally:
     def add(self, update: Update, *, relay: str = "") -> None:
         """Count an update; `relay`: by whose sum it came in."""
         self.updates += 1
-        copy = self.sites.bytes_up.get(update.site, self.layout.num_bytes)
-        self.bytes_up += copy if self.bytes_of_update is None else self.bytes_of_update
+        self.bytes_up += self.bytes_of(update)
         if relay:
             self.relays[relay] = self.relays.get(relay, 0) + 1
         self.steps += update.num_steps
@@ -98,6 +99,13 @@ class Tally:
     def take(self, totals: Totals) -> None:
         """The figures of updates that were seen in sums alone."""
         self.examples, self.label_tokens, self.nats = totals.examples, totals.label_tokens, totals.nats
+
+    def bytes_of(self, update: Update) -> int:
+        """What an update's site has sent."""
+        if self.bytes_of_update is not None:
+            return self.bytes_of_update
+        copy = self.sites.bytes_up.get(update.site, self.layout.num_bytes)
+        return update.num_bytes or copy * self.channels
 
     def record(self, cohort: Iterable[str], strategy: Strategy, *, relays: bool = False) -> dict[str, Any]:
         """`bytes_up`: what sites send, `bytes_down`: what they fetch. With relays, `bytes_received`: what reaches the
@@ -115,7 +123,7 @@ class Tally:
             "steps": self.steps,
             "examples": self.examples,
             "label_tokens": self.label_tokens,
-            "bytes_up": self.bytes_up * channels,
+            "bytes_up": self.bytes_up,
             "bytes_down": fetched * (1 + len(strategy.broadcast_channels)) + self.further_bytes_down,
             **({"bytes_received": received * channels} if relays else {}),
         }

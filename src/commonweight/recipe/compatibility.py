@@ -89,7 +89,7 @@ FEATURES = (
                 _is(strategy, "pairs")
                 or _is(strategy, "own_model")
                 or _is(strategy, "asynchronous")
-                or _is(strategy, "num_models") not in (None, 1)
+                or _is(strategy, "clustered")
             )
         ),
         "it works on LoRA's pairs as a whole, keeps a model at each site or several side by side, or has no rounds",
@@ -117,6 +117,14 @@ FEATURES = (
         "the coordinator learns the weighted sum of a round's updates alone, and this strategy needs more than that, "
         "or has no rounds",
         "Use a strategy that needs no more, such as fedavg or fedadam, or privacy.secure_aggregation off",
+    ),
+    Feature(
+        "error feedback",
+        lambda recipe, network: recipe.compression.keeps_errors,
+        lambda strategy: not (_is(strategy, "asynchronous") or _is(strategy, "in_turn") or _is(strategy, "clustered")),
+        "what a site could not send in one round is added to its next, which must be of the same tensors of the same "
+        "model, and this strategy changes them from round to round, or has no rounds",
+        "Set compression.error_feedback to false, or use the strategy fedavg",
     ),
     Feature(
         "relays",
@@ -164,6 +172,11 @@ def secure_sums(recipe: Recipe, num_sites: int | None) -> tuple[bool, str]:
     if spec.over_selection >= 1.5:
         return False, "federation.over_selection invites so many that those who answer are too few of them"
     return True, ""
+
+
+def keeps_state(recipe: Recipe, strategy: object) -> bool:
+    """Whether each site keeps something of its own from round to round."""
+    return bool(_is(type(strategy), "site_state") or personal_parts(recipe) or recipe.compression.keeps_errors)
 
 
 def pairings(strategy: type[Any]) -> dict[str, bool]:

@@ -13,7 +13,7 @@ from commonweight import registry
 from .fields import allowed, dotted, entries_of, section_of
 from .load import builtin_text
 from .problems import shown
-from .schema import CohortSpec, Method, Recipe
+from .schema import STAGES, CohortSpec, Method, Recipe
 from .source import Loc
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -30,9 +30,9 @@ and only `name` is required; every other field has a default.
 - Scalars follow YAML 1.2: `1e-2` is a number; `yes`, `no` and `on` are text, so a site may be called `no`.
 - `--set training.lr=5e-3` changes a field from the command line: the section's path, the field's name, and a value in
   YAML.
-- A method (`federation.strategy`, `training.objective`) is a name, `fedadam`, or a mapping with the method's own
-  options, `{{name: fedadam, lr: 1e-2}}`. `commonweight methods` lists the methods and their options. A class of your
-  own goes by its dotted name, `package.module:Class`.
+- A method (`federation.strategy`, `training.objective`, `compression.round` …) is a name, `fedadam`, or a mapping with
+  the method's own options, `{{name: fedadam, lr: 1e-2}}`. `commonweight methods` lists the methods and their options. A
+  class of your own goes by its dotted name, `package.module:Class`.
 - `commonweight init` writes a starter recipe with this page's JSON Schema beside it, so that an editor completes and
   checks fields while you type.
 
@@ -56,6 +56,9 @@ def json_schema() -> dict[str, Any]:
     sections = schema["$defs"]
     _allow(sections["FederationSpec"], "strategy", _method_forms("strategy"), sections)
     _allow(sections["TrainingSpec"], "objective", _method_forms("objective"), sections)
+    for stage, kind in STAGES.items():
+        _allow(sections["CompressionSpec"], stage, _method_forms(kind), sections)
+    _allow(schema, "compression", [{"enum": ["none", "auto"]}], sections)
     _allow(sections["FederationSpec"], "cohort", _cohort_forms(sections), sections)
     return {"$schema": DRAFT, **schema, "title": "commonweight recipe"}
 

@@ -10,10 +10,11 @@ import annotated_types
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from .schema import CohortSpec, Method
+from .schema import CohortSpec, CompressionSpec, Method
 from .source import Loc
 
 SHORT_FORMS: dict[type[BaseModel], str] = {
+    CompressionSpec: "`none`, `auto`, or a section: a mapping of its own fields",
     Method: "a method's name, or `{name: …}` with its options",
     CohortSpec: "`all`, a whole number of sites, a fraction (0.5), `{count: …}` or `{fraction: …}`",
 }

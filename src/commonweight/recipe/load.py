@@ -22,7 +22,7 @@ from .compatibility import check_pairings
 from .overrides import apply_overrides
 from .problems import validate
 from .resolved import recipe_differences, recipe_digest, recipe_text
-from .schema import Method, Recipe
+from .schema import NO_STAGE, STAGES, Method, Recipe
 from .source import Source, read_source
 
 __all__ = [
@@ -77,6 +77,15 @@ def check_methods(recipe: Recipe, *, network: bool = False, objective: bool = Tr
     _check_method("strategy", ("federation", "strategy"), recipe.federation.strategy)
     if objective:
         _check_method("objective", ("training", "objective"), recipe.training.objective)
+    for stage, kind in STAGES.items():
+        method = getattr(recipe.compression, stage)
+        if method.name != NO_STAGE:
+            _check_method(kind, ("compression", stage), method)
+    if network and recipe.compression.active:
+        raise RecipeError(
+            "`compression` is not available over a network in this version",
+            hint="remove it, or carry the recipe out by `commonweight run`",
+        )
     check_pairings(recipe, network=network)
     if network and recipe.privacy.secure_aggregation == "on":
         raise RecipeError(

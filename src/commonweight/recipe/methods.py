@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ..registry import names, resolve
+from ..registry import GROUPS, names, resolve
 from .compatibility import FEATURES, Feature, pairings
 
 _ADAPTERS = (
@@ -22,9 +22,10 @@ _ADAPTERS = (
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """Strategies, objectives and adapters: kind, name, needs, rule, source, options, and what a strategy goes with."""
+    """Strategies, objectives, codecs' stages and adapters: kind, name, needs, rule, source, options, and what a
+    strategy goes with."""
     found = []
-    for kind in ("strategy", "objective"):
+    for kind in GROUPS:
         for name in names(kind):
             method = resolve(kind, name)
             found.append(
@@ -60,6 +61,7 @@ def methods_markdown() -> str:
         "as `package.module:Class` and satisfies the same protocol as these.",
     ]
     titles = {"strategy": "Strategies", "objective": "Objectives", "adapter": "Adapters"}
+    titles |= {"shortening": "Codecs: fewer numbers", "rounding": "Codecs: fewer bits", "packing": "Codecs: packing"}
     for kind, title in titles.items():
         parts += [f"## {title}", _table([m for m in catalogue() if m["kind"] == kind])]
     parts += [_pairing_table()]

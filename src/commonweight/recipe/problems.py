@@ -18,7 +18,7 @@ from commonweight.errors import RecipeError
 from .fields import allowed, choices, dotted, field_at, section_at, takes_text, walk
 from .source import Loc, Place, Source, read_value
 
-PLANNED = ("compression", "alignment", "split")
+PLANNED = ("alignment", "split")
 """Sections that later versions will have. Ignoring one would train without what its author relies on."""
 
 ELSEWHERE = {

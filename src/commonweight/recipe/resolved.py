@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .schema import Recipe
+from .schema import STAGES, Recipe
 from .source import add_core_scalars
 
 WITHOUT_EFFECT = (("name",), ("engine", "workers"), ("output",))
@@ -53,7 +53,8 @@ def _side(effects: dict[tuple[str, ...], Any], path: tuple[str, ...]) -> str:
 
 def _values(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
-    for section, key in (("federation", "strategy"), ("training", "objective")):
+    stages = (("compression", stage) for stage in STAGES)
+    for section, key in (("federation", "strategy"), ("training", "objective"), *stages):
         method = values[section][key]
         values[section][key] = {"name": method.pop("name"), **_sorted(method)}
     return values

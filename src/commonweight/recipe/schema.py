@@ -613,6 +613,50 @@ class PrivacySpec(Section):
         return self
 
 
+#: what a codec consists of, each by its field in `compression`: the kind of method that stands there
+STAGES = {"shorten": "shortening", "round": "rounding", "pack": "packing"}
+NO_STAGE = "none"
+#: `compression: auto`
+AUTO_COMPRESSION = {"round": {"name": "sign"}}
+
+
+def _compression(value: object) -> object:
+    if value == "none":
+        return {}
+    return AUTO_COMPRESSION if value == "auto" else value
+
+
+class CompressionSpec(Section):
+    """How updates are made small on their way to the coordinator: `none`, `auto`, or stages by name.
+
+    An update is shortened, then rounded, then packed, each by the method named here or by none. `auto` is `{round:
+    sign}` with error feedback: 30 times fewer bytes than float32.
+    """
+
+    shorten: MethodField = Field(
+        Method(name=NO_STAGE), description="Which numbers are sent: `top-k`, `random-k`, `low-rank`, or `none`: all."
+    )
+    round: MethodField = Field(
+        Method(name=NO_STAGE),
+        description="In how many bits: `bf16`, `fp16`, `int8`, `uniform`, `nf4`, `sign`, or `none`: as they are.",
+    )
+    pack: MethodField = Field(Method(name=NO_STAGE), description="Without loss: `huffman`, or `none`.")
+    error_feedback: bool = Field(
+        True,
+        description="What is lost in one round is sent in the next: a site keeps it. Without, stages that can be are "
+        "right in the mean instead.",
+    )
+
+    @property
+    def active(self) -> bool:
+        return any(getattr(self, stage).name != NO_STAGE for stage in STAGES)
+
+    @property
+    def keeps_errors(self) -> bool:
+        """Whether sites keep what was lost: packing alone loses nothing."""
+        return self.error_feedback and any(stage.name != NO_STAGE for stage in (self.shorten, self.round))
+
+
 class OutputSpec(Section):
     """What a run's folder keeps."""
 
@@ -642,9 +686,26 @@ class Recipe(Section):
     training: TrainingSpec = Field(default_factory=TrainingSpec, description="Local work.")
     federation: FederationSpec = Field(default_factory=FederationSpec, description="Rounds and strategy.")
     privacy: PrivacySpec = Field(default_factory=PrivacySpec, description="Differential privacy.")
+    compression: Annotated[CompressionSpec, BeforeValidator(_compression)] = Field(
+        default_factory=CompressionSpec, description="`none`, `auto`, or how updates are made small."
+    )
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec, description="Controls and metrics.")
     engine: EngineSpec = Field(default_factory=EngineSpec, description="Where it runs.")
     output: OutputSpec = Field(default_factory=OutputSpec, description="What is kept.")
+
+    @model_validator(mode="after")
+    def _small_updates_are_whole(self) -> Self:
+        if self.compression.active and self.federation.relays:
+            raise ValueError(
+                "a relay adds up updates, and those that `compression` has made small cannot be added; leave "
+                "federation.relays or compression out"
+            )
+        if self.compression.active and self.model.adapter.shaped:
+            raise ValueError(
+                "`compression` makes updates of the whole adapter small, and model.adapter.sites or "
+                "model.adapter.budget gives some sites a part; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _private_sites_count_alike(self) -> Self:
@@ -668,6 +729,8 @@ class Recipe(Section):
             return "a relay of federation.relays sees its sites' updates one by one"
         if self.model.adapter.shaped:
             return "rows of one length are added, and model.adapter gives some sites a part of it"
+        if self.compression.active:
+            return "`compression` makes of an update what cannot be added to others"
         return ""
 
     @model_validator(mode="after")

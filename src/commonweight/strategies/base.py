@@ -96,6 +96,9 @@ class Strategy(ABC):
     #: tensors that are never trained, sent or averaged: those whose dotted names have this part (`lora_A`); "": none
     frozen: ClassVar[str] = ""
 
+    #: parts of tensors' names that rest in turn, one a round; (): none does
+    in_turn: ClassVar[tuple[str, ...]] = ()
+
     #: tensors that each site trains and keeps to itself, never sent or averaged: those whose names have such a part
     personal: ClassVar[tuple[str, ...]] = ()
 
@@ -110,6 +113,8 @@ class Strategy(ABC):
     moves_base: ClassVar[bool] = False
     #: whether it takes in updates as they come, without rounds in which sites wait for each other
     asynchronous: ClassVar[bool] = False
+    #: whether sites are put into clusters, each with a model of its own
+    clustered: ClassVar[bool] = False
     #: models kept side by side, one a cluster of sites: theta is cluster 0's, the slots `cluster-1` … are the others'
     num_models: int = 1
     #: the round whose updates are put into clusters (`grouped`) before they are combined; 0: none

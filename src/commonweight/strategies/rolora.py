@@ -28,11 +28,12 @@ class RoLoRA(SumStrategy):
         "2024, arXiv:2409.02346"
     )
     pairs = True
+    in_turn = ("lora_A", "lora_B")
     of_plain_mean = False  # what rests in a round has no update, and must get no noise
 
     def correction(self) -> dict[str, Any]:
         """`{"kind": "freeze", "in_turn": ["lora_A", "lora_B"]}`: what rests in round 1, and in round 2."""
-        return {"kind": "freeze", "in_turn": ["lora_A", "lora_B"]}
+        return {"kind": "freeze", "in_turn": list(self.in_turn)}
 
     def step(self, theta: Tensor, delta: Tensor, slots: Mapping[str, Tensor]) -> None:
         theta.add_(delta)

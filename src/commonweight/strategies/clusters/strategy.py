@@ -73,6 +73,7 @@ class ClusteredStrategy(SumStrategy):
     """
 
     needs = "individuals"
+    clustered = True
     Options: ClassVar[type[BaseModel]] = ClusterOptions
 
     options: ClusterOptions

@@ -1,0 +1,156 @@
+"""What codecs save on the wire, and what they cost in loss: a real job, run with each of them.
+
+    python benchmarks/bytes_vs_loss.py --recipe recipes/medquad.yaml --set data.path=… --set model.name=… \\
+        [--codecs none,bf16,auto,…] [--seeds 0,1,2] [--json]
+    python benchmarks/bytes_vs_loss.py --from a.json b.json … [--json]    # what runs apart have measured, as one
+
+Every codec runs the federated arm of the recipe: the same sites, rows, local steps, rounds. A codec is one of `CODECS`
+below, or a mapping as `compression` takes it, by --codec NAME=MAPPING.
+
+    up MB       bytes that left the sites, in all rounds
+    fewer       how many times fewer that is than with `none`
+    loss        held-out nats a token after the last round, mean over sites; ± s.d. over seeds
+    to none     the same as a ratio to `none`, of the same seeds
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from commonweight.errors import RecipeError
+from commonweight.launch import run
+from commonweight.recipe.load import check_methods, load_recipe
+
+ALONE = ["evaluation.controls=[]", "evaluation.samples=0", "evaluation.every=1000000"]
+
+
+def _sparse(keep: float, bits: int, **more: Any) -> dict[str, Any]:
+    rounding = {"name": "uniform", "bits": bits}
+    return {"shorten": {"name": "top-k", "keep": keep}, "round": rounding, "pack": "huffman", **more}
+
+
+#: `without`: without error feedback
+CODECS: dict[str, Any] = {
+    "none": "none",
+    "bf16": {"round": "bf16"},
+    "int8": {"round": "int8"},
+    "nf4": {"round": "nf4"},
+    "uniform 4": {"round": {"name": "uniform", "bits": 4}, "pack": "huffman"},
+    "uniform 2": {"round": {"name": "uniform", "bits": 2}, "pack": "huffman"},
+    "sign": {"round": "sign"},
+    "low-rank 1": {"shorten": {"name": "low-rank", "rank": 1}, "round": "int8"},
+    "random-k 5 %": {"shorten": {"name": "random-k", "keep": 0.05}, "round": {"name": "uniform", "bits": 4}},
+    "top-k 10 %": _sparse(0.10, 4),
+    "top-k 5 %": _sparse(0.05, 4),
+    "top-k 2 %": _sparse(0.02, 4),
+    "top-k 1 %": _sparse(0.01, 4),
+    "uniform 2 without": {"round": {"name": "uniform", "bits": 2}, "pack": "huffman", "error_feedback": False},
+    "sign without": {"round": "sign", "error_feedback": False},
+    "top-k 5 % without": _sparse(0.05, 4, error_feedback=False),
+    "auto": "auto",
+}
+
+
+def measured(recipe: str, overrides: Sequence[str], codec: Any, seed: int) -> dict[str, float]:
+    """One run's figures."""
+    loaded = load_recipe(recipe, [*overrides, *ALONE, f"seed={seed}", f"compression={json.dumps(codec)}"])
+    check_methods(loaded)
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = run(loaded, Path(folder) / "run")
+    return {"loss": metrics["arms"]["federated"]["macro_loss"], "up_mb": metrics["bytes"]["up"] / 1e6}
+
+
+def compare(recipe: str, overrides: Sequence[str], codecs: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """By codec, lists with an entry a seed."""
+    table: dict[str, Any] = {}
+    for name, codec in codecs.items():
+        runs = [measured(recipe, overrides, codec, seed) for seed in seeds]
+        table[name] = {"seed": list(seeds), **{key: [one[key] for one in runs] for key in runs[0]}}
+        print(f"{name}: {table[name]}", file=sys.stderr)
+    return table
+
+
+def joined(tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One table of several of one job.
+
+    Raises:
+        ValueError: a codec has the same seed in two tables.
+    """
+    found: dict[str, Any] = {}
+    for name, row in (item for table in tables for item in table.items()):
+        known = found.setdefault(name, {key: [] for key in row})
+        twice = set(known["seed"]) & set(row["seed"])
+        if twice:
+            raise ValueError(f"{name}: seed {min(twice)} is in two of the files")
+        for key, values in row.items():
+            known[key] = [*known[key], *values]
+    return found
+
+
+def summary(table: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """By codec: means, the spread of the loss, and ratios to `none` over the seeds that both have."""
+    plain = dict(
+        zip(table["none"]["seed"], zip(*(table["none"][k] for k in ("loss", "up_mb")), strict=True), strict=True)
+    )
+    rows = {}
+    for name, row in table.items():
+        both = [
+            (loss / plain[seed][0], plain[seed][1] / up)
+            for seed, loss, up in zip(row["seed"], row["loss"], row["up_mb"], strict=True)
+            if seed in plain
+        ]
+        rows[name] = {
+            "seeds": len(row["seed"]),
+            "up_mb": statistics.mean(row["up_mb"]),
+            "fewer": statistics.mean(fewer for _, fewer in both),
+            "loss": statistics.mean(row["loss"]),
+            "spread": statistics.stdev(row["loss"]) if len(row["loss"]) > 1 else 0.0,
+            "to_none": statistics.mean(ratio for ratio, _ in both),
+        }
+    return rows
+
+
+def show(table: Mapping[str, Any]) -> None:
+    print(f"{'codec':24} {'seeds':>5} {'up MB':>9} {'fewer':>7} {'loss':>15} {'to none':>8}")
+    for name, row in sorted(summary(table).items(), key=lambda item: -item[1]["up_mb"]):
+        loss = f"{row['loss']:.3f} ± {row['spread']:.3f}"
+        print(f"{name:24} {row['seeds']:5} {row['up_mb']:9.4f} {row['fewer']:6.1f}x {loss:>15} {row['to_none']:8.4f}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--codecs", default=",".join(CODECS))
+    parser.add_argument("--codec", action="append", default=[], metavar="NAME=MAPPING", help="One more, in JSON.")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--from", type=Path, nargs="+", dest="files", metavar="FILE", help="Join these; run nothing.")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(arguments)
+    try:
+        known = {**CODECS, **{n: json.loads(text) for n, _, text in (c.partition("=") for c in given.codec)}}
+        wanted = [*given.codecs.split(","), *(c.partition("=")[0] for c in given.codec)]
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            parser.error(f"no codec is called {unknown[0]!r}; there are: {', '.join(known)}")
+        chosen = {name: known[name] for name in wanted}
+        if given.files:
+            table = joined([json.loads(file.read_text()) for file in given.files])
+        else:
+            table = compare(given.recipe, given.overrides, chosen, [int(seed) for seed in given.seeds.split(",")])
+    except (RecipeError, OSError, ValueError) as error:
+        parser.error(str(error))
+    print(json.dumps(table)) if given.json else show(table)
+
+
+if __name__ == "__main__":
+    main()
