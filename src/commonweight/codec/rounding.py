@@ -178,11 +178,14 @@ class NormalFloat4(Rounding):
         blocks = _in_blocks(values, self.options.block)
         sizes = _upwards(blocks.abs().amax(dim=1, keepdim=True))
         scaled = torch.where(sizes > 0, blocks / sizes, 0.0).clamp_(-1, 1)
-        above = torch.bucketize(scaled, self.levels[1:-1], right=True) + 1
-        low, high = self.levels[above - 1], self.levels[above]
-        share = (scaled - low) / (high - low)
-        border = torch.rand(share.shape, generator=draw.generator("rounding")) if self.stochastic else 0.5
-        codes = torch.where(share > border, above, above - 1).to(torch.uint8).reshape(-1)[: len(values)]
+        if self.stochastic:  # the border between two levels lies anywhere between them, a middle one in the mean
+            below = torch.bucketize(scaled, self.levels[1:-1], out_int32=True, right=True)
+            low, widths = self.levels.take(below.long()), (self.levels[1:] - self.levels[:-1]).take(below.long())
+            borders = torch.rand(scaled.shape, generator=draw.generator("rounding")).mul_(widths).add_(low)
+            raised = below + (scaled > borders)
+        else:
+            raised = torch.bucketize(scaled, (self.levels[1:] + self.levels[:-1]) / 2, out_int32=True)
+        codes = raised.to(torch.uint8).reshape(-1)[: len(values)]
         return _bytes(sizes.to(torch.bfloat16)) + pack(codes, 4)
 
     def decode(self, raw: bytes, count: int) -> Tensor:

@@ -118,15 +118,16 @@ def from_gaps(raw: bytes, count: int, numel: int) -> Index:
 
 def drawn(count: int, numel: int, seed: int) -> Index:
     """`count` of `numel` places in rising order, every choice as likely: those of the smallest of `numel` words of a
-    keystream, so that they depend on nothing but the seed."""
+    keystream, so that they depend on nothing but the seed; of equal words, of which there are few, the first."""
+    if not 0 < count < numel:
+        return np.arange(count)
     key = seed.to_bytes(16, "little")
-    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(8 * numel))
-    # the lowest bits are the place itself: no two words are equal
-    bits = max(1, numel - 1).bit_length()
-    words = np.frombuffer(stream, dtype=np.uint64) >> np.uint64(bits) << np.uint64(bits)
-    words |= np.arange(numel, dtype=np.uint64)
-    chosen = np.partition(words, count - 1)[:count] if 0 < count < numel else words[:count]
-    return np.sort((chosen & np.uint64((1 << bits) - 1)).astype(np.int64))
+    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(4 * numel))
+    words = np.frombuffer(stream, dtype=np.uint32)
+    border = np.partition(words, count - 1)[count - 1]
+    below = np.flatnonzero(words < border)
+    # of words that are equal, the first
+    return np.sort(np.concatenate([below, np.flatnonzero(words == border)[: count - len(below)]]))
 
 
 def _numel(matrices: Matrices) -> int:
