@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,3 +68,25 @@ def test_without_a_budget_the_ledger_shows_what_was_not_protected(coordinator: C
     assert found["budget"] is None
     (row,) = [row for row in found["sites"] if row["site"] == "unbounded"]
     assert (row["unit"], row["epsilon"], row["left"]) == ("site", None, None)
+
+
+def test_a_clipping_norm_follows_what_sites_say_of_their_updates(coordinator: Coordinator, lead: Hand) -> None:
+    """Without noise: b̃ is ½, then 1. What a site says that makes no sense counts as any other."""
+    said = {1: (0.0, 1.0), 2: (1.0, 7e9)}
+    asked: dict[str, list[float]] = {"within": [], "beyond": []}
+
+    def train(place: int) -> Any:
+        def answer(site: Any, task: pb.Task) -> None:
+            asked[site.name].append(json.loads(task.body)["clip"])
+            site.update(task, metrics={"loss": 1.0, "under_clip": said[task.round][place]})
+
+        return answer
+
+    coordinator.site("within", train=train(0))
+    coordinator.site("beyond", train=train(1))
+    privacy = {**PRIVATE, "noise_multiplier": 0.0, "adaptive_clip": {"quantile": 0.5, "lr": 0.2}}
+    job = lead.job(privacy=privacy, weighting="uniform", rounds=2, name="adaptive", sites=["within", "beyond"])
+    ended = lead.wait(lead.submit(job))
+    assert asked["within"] == asked["beyond"] == [1.0, 1.0]
+    assert [round["privacy"]["share"] for round in ended["history"]] == [0.5, 1.0]
+    assert ended["history"][1]["privacy"]["next_clip"] == pytest.approx(math.exp(-0.2 * 0.5))

@@ -75,7 +75,10 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = Fals
         return
     say(f"{recipe}: differential privacy of each {UNIT}")
     say(f"  noise multiplier z    {z:g}: σ = {z * (spec.clip or 0):.4g} on each element of the sum of updates")
-    say(f"  clipping norm C       {spec.clip:g}")
+    follows = (
+        "" if spec.adaptive_clip is None else f" at first; it follows the {spec.adaptive_clip.quantile:g} quantile"
+    )
+    say(f"  clipping norm C       {spec.clip:g}{follows}")
     say(f"  releases              {rounds}, one a round")
     say(f"  ε at δ = {spec.delta:g}        {_text(each[-1])} (by Rényi divergences {_text(rdp)})")
     say(f"  neighbouring data     {ADJACENCY[UNIT]}")

@@ -19,6 +19,7 @@ from ..federation.messages import ChainTask, EvaluateTask, SampleTask, TrainTask
 from ..model.clusters import channel_of
 from ..model.shapes import worn
 from ..model.tensors import NamedTensors, first_non_finite, on_cpu
+from ..privacy.adaptive_clip import UNDER_CLIP
 from ..privacy.site_level import clip_
 from ..seeding import derive_seed
 from ..train.checkpoint import Checkpoint
@@ -128,9 +129,8 @@ class TaskWork:
                 hint="only objectives that follow the gradient can train a part of an adapter; leave the site out of "
                 "model.adapter.sites and model.adapter.budget",
             )
-        bound = self.bench.recipe.privacy.clip
-        if bound is not None:
-            clip_(delta, bound)
+        bound = self.bench.recipe.privacy.clip if task.clip is None else task.clip
+        norm = 0.0 if bound is None else clip_(delta, bound)
         further, new_state = change.finish(delta, lr=task.lr, steps=result.num_steps)
         if self.trainables.personal:
             new_state["personal"] = self._kept("its personal parts", self.trainables.personal)
@@ -141,6 +141,8 @@ class TaskWork:
         num_bytes = self._code(task, {"delta": delta, **further}, state, new_state, sent)
         # plain numbers: an objective of one's own may count in NumPy's or torch's
         metrics = {"loss": float(result.loss), "seconds": time.perf_counter() - began}
+        if task.clip is not None:
+            metrics[UNDER_CLIP] = float(norm <= task.clip)
         if result.first_loss is not None:
             metrics["first_loss"] = float(result.first_loss)
         figures = {

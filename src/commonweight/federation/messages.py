@@ -28,6 +28,7 @@ class TrainTask:
         state_in, state_out: files of the site's private state before and after (SCAFFOLD's cᵢ), relative to the run's
         folder.
         cohort: sites invited to the round; 0: not said.
+        clip: the norm to which the update is clipped, where rounds differ in that; None: as the recipe says.
         secure: the sum in which the update is to be masked, over a network (`secure_rounds.py`); None: it is not.
     """
 
@@ -40,6 +41,7 @@ class TrainTask:
     state_out: str | None = None
     cohort: int = 0
     start: Mapping[str, Any] = field(default_factory=lambda: dict(FROM_THETA))
+    clip: float | None = None
     secure: Mapping[str, Any] | None = None
 
 

@@ -4,6 +4,8 @@ A round's noise is a key of 32 random bytes. It is in the journal before the noi
 killed makes the very same one; and it is struck out once the round is committed, so that nobody can take the noise off
 again.
 
+Where the clipping norm follows the updates, what it is in the next round is in each commit.
+
 Journal keys: `privacy` (what the sums are divided by, fixed before round 1), `noise/NNNN` (the sealed key of an open
 round).
 """
@@ -15,10 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..privacy.accounting import Releases, epsilon_by_rdp, epsilon_of_all, noise_multiplier
+from ..privacy.adaptive_clip import UNDER_CLIP, AdaptiveClip
 from ..privacy.noise import GaussianNoise, new_key
-from ..privacy.site_level import NoisyMean
+from ..privacy.site_level import COUNT_ROW, NoisyMean
 from ..privacy.spending import ADJACENCY, UNPROTECTED, Spend
 from ..recipe.schema import Recipe
+from ..strategies.update import Update
 from .journal import RunJournal
 
 UNIT = "site"
@@ -50,11 +54,31 @@ class PrivateRounds:
             begun = {"expected": recipe.federation.cohort.size(num_sites)}
             journal.put("privacy", begun)
         self.expected = int(begun["expected"])
+        adaptive = spec.adaptive_clip
+        self.adaptive = AdaptiveClip.of(adaptive, self.noise_multiplier, self.expected) if adaptive else None
+        commits = journal.commits() if adaptive else {}
+        if commits:
+            self.bound = float(commits[max(commits)].get("privacy", {}).get("next_clip", self.bound))
+        self._centred = 0.0
+        self._further: dict[str, float] = {}
 
     @classmethod
     def of(cls, recipe: Recipe, journal: RunJournal, num_sites: int, seal: Seal | None = None) -> PrivateRounds | None:
         """None: the recipe's releases are not private."""
         return cls(recipe, journal, num_sites, seal) if recipe.privacy.dp == "site" else None
+
+    @property
+    def task_clip(self) -> float | None:
+        """What a training task says of the clipping norm; None: it is the recipe's."""
+        return None if self.adaptive is None else self.bound
+
+    def open(self) -> None:
+        """A round begins, or is tried again."""
+        self._centred = 0.0
+
+    def hear(self, update: Update) -> None:
+        """An update is in the sum. Whatever it says, it counts for half a site more or less."""
+        self._centred += 0.5 if update.metrics.get(UNDER_CLIP, 0.0) > 0.5 else -0.5
 
     def mean(self, round: int) -> NoisyMean:
         """How a round's sum is released; its noise is in the journal when this returns."""
@@ -63,15 +87,22 @@ class PrivateRounds:
         key = new_key() if kept is None else self.seal.open(name, kept["key"])
         if kept is None:
             self.journal.put(name, {"key": self.seal.close(name, key)})
-        return NoisyMean(self.bound, self.noise_multiplier, self.expected, GaussianNoise(key))
+        noise, z = GaussianNoise(key), self.noise_multiplier
+        if self.adaptive is not None:
+            z = self.adaptive.sum_noise
+            share = self.adaptive.share(self._centred, float(noise.values(COUNT_ROW, 0, 1)[0]))
+            self._further = {"sum_noise": z, "share": share, "next_clip": self.adaptive.after(self.bound, share)}
+        return NoisyMean(self.bound, z, self.expected, noise)
 
     def record(self) -> dict[str, Any]:
         """What a commit says of its release."""
-        return {"noise_multiplier": self.noise_multiplier, "clip": self.bound, "divided_by": self.expected}
+        said = {"noise_multiplier": self.noise_multiplier, "clip": self.bound, "divided_by": self.expected}
+        return {**said, **self._further}
 
     def committed(self, round: int) -> None:
         """A round's commit is in the journal: its noise can never be made again."""
         self.journal.drop(_name(round))
+        self.bound = self._further.get("next_clip", self.bound)
 
 
 def planned_noise(recipe: Recipe) -> float:
@@ -124,7 +155,7 @@ def statement(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> dict[str,
         "adjacency": ADJACENCY[UNIT],
         "sampling": SAMPLING,
         "noise_multiplier": planned_noise(recipe),
-        "clip": spec.clip,
+        "clip": next((r["privacy"]["clip"] for r in reversed(records) if "privacy" in r), spec.clip),
         "releases": sum(plan.count for plan in plans),
     }
 

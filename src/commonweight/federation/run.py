@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import QuorumError, UpdateRefused
+from ..privacy.adaptive_clip import UNDER_CLIP
 from ..privacy.secure_aggregation.graph import majority
 from ..privacy.secure_aggregation.rows import Most, row_layout
 from ..recipe.compatibility import keeps_state
@@ -39,8 +40,8 @@ from .secure_rounds import SecureRounds, Terms
 from .shelf import Shelf
 from .tally import Sites, Tally, Timing
 
-#: what an event says by itself; a site's metric of such a name is not shown with it
-_EVENT_FIELDS = frozenset({"self", "t", "event", "round", "site", "examples", "bytes_up"})
+#: what an event says by itself, or does not say; a site's metric of such a name is not shown with it
+_EVENT_FIELDS = frozenset({"self", "t", "event", "round", "site", "examples", "bytes_up", UNDER_CLIP})
 
 
 class FederatedRun:
@@ -126,6 +127,8 @@ class FederatedRun:
         self.model.announce(self.engine)
 
         self.model.open()
+        if self.model.private is not None:
+            self.model.private.open()
         further = bytes_to_catch_up(self.journal.commits(), cohort) if self.strategy.moves_base else 0
         tally = Tally(lr, self.model.layout, self.sites, further, channels=len(self.strategy.update_channels))
         if self.secure is not None:
@@ -172,6 +175,7 @@ class FederatedRun:
             state_out=self.shelf.site_file(site, number) if self.keeps_state else None,
             cohort=cohort,
             start=self._start(number, site),
+            clip=self.model.private.task_clip if self.model.private is not None else None,
             secure=self.secure.seat(site) if self.secure is not None else None,
         )
 
@@ -225,6 +229,8 @@ class FederatedRun:
             return round
         self.shelf.keep(update)
         self.model.fold(update)
+        if self.model.private is not None:
+            self.model.private.hear(update)
         tally.add(update, relay=self.model.relay(update))
         if self.secure is not None:
             update = self.secure.shown(update)

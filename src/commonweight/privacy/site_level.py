@@ -67,5 +67,7 @@ class NoisyMean:
         return total
 
 
+#: the row of the noise of a count
+COUNT_ROW = 4
 #: which row of the noise goes to which flat
 _ROWS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}

@@ -563,6 +563,21 @@ class CanariesSpec(Section):
         return self
 
 
+class AdaptiveClipSpec(Section):
+    """A clipping norm that follows the updates' norms."""
+
+    quantile: float = Field(
+        0.5, gt=0, lt=1, description="γ: the share of sites whose updates are to be within the clipping norm."
+    )
+    lr: float = Field(0.2, gt=0, description="η: how fast the clipping norm follows.")
+    count_noise: float | None = Field(
+        None,
+        gt=0,
+        description="σ_b: the noise's standard deviation on the count of sites within the norm. More of it leaves less "
+        "noise for the sum. Default: a twentieth of the cohort, at least the noise multiplier.",
+    )
+
+
 class PrivacySpec(Section):
     """What bounds what is learnt of a site: by whoever gets the result, and by the coordinator."""
 
@@ -583,6 +598,11 @@ class PrivacySpec(Section):
     noise_multiplier: float | None = Field(
         None, ge=0, description="z: the noise's standard deviation in units of `clip`; ε follows. Or `epsilon`."
     )
+    adaptive_clip: AdaptiveClipSpec | None = Field(
+        None,
+        description="Let `clip`, which round 1 has, follow a quantile of the updates' norms: `{}`, or `{quantile: 0.5, "
+        "lr: 0.2, count_noise: 5}`. The same ε, out of which the count of sites within the norm is paid.",
+    )
     canaries: CanariesSpec = Field(default_factory=CanariesSpec, description="Made-up rows for a leak audit.")
 
     secure_aggregation: Literal["auto", "on", "off"] = Field(
@@ -600,7 +620,8 @@ class PrivacySpec(Section):
 
     @model_validator(mode="after")
     def _whole_or_nothing(self) -> Self:
-        given = [n for n in ("clip", "delta", "epsilon", "noise_multiplier") if getattr(self, n) is not None]
+        names = ("clip", "delta", "epsilon", "noise_multiplier", "adaptive_clip")
+        given = [name for name in names if getattr(self, name) is not None]
         if self.dp == "none":
             if given:
                 raise ValueError(f"`{given[0]}` does nothing with dp: none; set dp: site, or remove it")
@@ -714,6 +735,11 @@ class Recipe(Section):
                 f"privacy.dp site bounds what one site does to the sum, but federation.weighting "
                 f"{self.federation.weighting} lets sites count for more; use weighting: uniform"
             )
+        if self.privacy.dp == "site" and self.compression.active:
+            raise ValueError(
+                "privacy.dp site bounds an update by clipping it, and what `compression` makes of a clipped update can "
+                "be longer; leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -727,6 +753,8 @@ class Recipe(Section):
         """What in the recipe speaks against secure sums, whatever the strategy; "": nothing."""
         if self.federation.relays:
             return "a relay of federation.relays sees its sites' updates one by one"
+        if self.privacy.adaptive_clip is not None:
+            return "privacy.adaptive_clip counts the sites within the clipping norm, and a sum has no place for that"
         if self.model.adapter.shaped:
             return "rows of one length are added, and model.adapter gives some sites a part of it"
         if self.compression.active:
