@@ -147,6 +147,7 @@ def test_the_claim_of_a_row_in_a_site_that_stays_is_at_twice_the_sensitivity() -
     ratio, phi = 2 * math.sqrt(rounds) / z, NormalDist().cdf
     at = phi(ratio / 2 - found / ratio) - math.exp(found) * phi(-ratio / 2 - found / ratio)
     assert at == pytest.approx(delta, rel=1e-2)
+    assert claim({"dp": "example", "epsilon": 3.0, "delta": 1e-6})["epsilon"] == 3.0
     assert claim({"dp": "none", "epsilon": None})["epsilon"] is None
     with pytest.raises(StateError, match="'unheard of'"):
         claim({"dp": "unheard of", "epsilon": 1.0})

@@ -189,6 +189,12 @@ def claim(privacy: Mapping[str, Any]) -> dict[str, Any]:
             "why": f"a site more or fewer costs ε = {privacy['epsilon']:.2f}; a row less in one that stays changes its "
             "update by up to twice the clipping bound",
         }
+    if kind == "example":
+        return {
+            "epsilon": privacy["epsilon"],
+            "delta": privacy["delta"],
+            "why": "what an example more or fewer costs, at the site where that is most",
+        }
     raise StateError(f"the run claims differential privacy of a kind that is not known here: {kind!r}")
 
 

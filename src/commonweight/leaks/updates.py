@@ -105,9 +105,11 @@ class Steps:
         if recipe.training.optimizer != "sgd":
             yield f"one step of {recipe.training.optimizer}", self.update(text, recipe.training.optimizer), SIGNS
         yield f"{what}, masked for a secure sum", masked(plain, derive_seed(recipe.seed, "mask", number)), ROUNDING
-        if privacy.get("dp") == "site":
+        if privacy.get("dp", "none") != "none":
+            # with privacy of examples it is the gradient that is clipped
+            scale = 1.0 if privacy["dp"] == "site" else 1 / recipe.training.lr
             noise = GaussianNoise(derive_seed(recipe.seed, "noise", number).to_bytes(32, "big"))
-            noisy = private(plain, NoisyMean(privacy["clip"], privacy["noise_multiplier"], 1, noise))
+            noisy = private(plain, NoisyMean(privacy["clip"], privacy["noise_multiplier"], 1, noise), scale)
             yield f"{what}, clipped and with the run's noise", noisy, ROUNDING
 
     def update(self, text: Tokens, optimizer: str) -> NamedTensors:
@@ -126,9 +128,11 @@ class Steps:
         return update
 
 
-def private(update: NamedTensors, mean: NoisyMean) -> NamedTensors:
-    """A single update clipped and released with noise."""
+def private(update: NamedTensors, mean: NoisyMean, scale: float = 1.0) -> NamedTensors:
+    """A single update times `scale`, clipped and released with noise."""
     seen = update.clone()
+    for _, flat in seen.floating():
+        flat.mul_(scale)
     clip_(seen, mean.bound)
     return mean.release(seen, {})
 
