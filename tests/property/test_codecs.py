@@ -15,7 +15,7 @@ from torch import Tensor
 
 from commonweight.codec.chain import Codec, spans
 from commonweight.codec.entropy import Huffman
-from commonweight.codec.feedback import Coder
+from commonweight.codec.feedback import Coder, draw_of
 from commonweight.codec.low_rank import LowRank, LowRankOptions
 from commonweight.codec.rounding import (
     NF4_LEVELS,
@@ -316,7 +316,7 @@ def test_what_was_sent_and_what_is_late_is_all_there_was(stages: list[Stage]) ->
     for round in (1, 2, 3, 7, 8):
         update = filled(layout, round)
         wanted += total(update)
-        for _ in coder.encode({"delta": update}, errors, site="north", round=round):
+        for _ in coder.encode({"delta": update}, errors, seed=round):
             pass
         sent += total(update)
     torch.testing.assert_close(sent + total(errors["delta"]), wanted, rtol=0, atol=1e-5)
@@ -329,7 +329,7 @@ def test_what_is_late_stays_bounded() -> None:
     norms = []
     for round in range(1, 120):
         update = filled(layout, round)
-        for _ in coder.encode({"delta": update}, errors, site="north", round=round):
+        for _ in coder.encode({"delta": update}, errors, seed=round):
             pass
         norms.append(float(total(errors["delta"]).norm()))
     bound = math.sqrt(1000) * 1.1 * 2 * math.sqrt(1 - 0.1) / 0.1  # ‖e‖ ≤ 2 √(1−δ)/δ · max ‖Δ‖, δ = keep
@@ -342,9 +342,9 @@ def test_payloads_give_what_the_site_believes_was_sent() -> None:
     codec = Codec([TopK(), Uniform(UniformOptions(bits=4)), Huffman()])
     coder, update = Coder(codec, layout, 5), filled(layout, 1)
     read = NamedTensors.zeros(layout)
-    for number, coded in enumerate(coder.encode({"delta": update}, {}, site="north", round=4)):
+    for number, coded in enumerate(coder.encode({"delta": update}, {}, seed=4)):
         span = coded.span
-        values = codec.decode(coded.payload, span.matrices, coder.draw("north", 4, "delta", number % 2))
+        values = codec.decode(coded.payload, span.matrices, draw_of(4, "delta", number % 2))
         read.flats[span.dtype][span.start : span.start + span.numel].copy_(values)
     assert torch.equal(total(read), total(update))
 
@@ -354,4 +354,4 @@ def test_an_update_that_is_not_finite_is_named() -> None:
     update = filled(layout, 0)
     update["b"][0] = math.inf
     with pytest.raises(SiteError, match="NaN or infinity in 'b'"):
-        list(Coder(Codec([Int8()]), layout, 0).encode({"delta": update}, {}, site="north", round=1))
+        list(Coder(Codec([Int8()]), layout, 0).encode({"delta": update}, {}, seed=1))

@@ -32,9 +32,9 @@ EVALUATION = {"controls": ["base"], "samples": 1, "max_new_tokens": 4}
 
 def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """FedAvg; SCAFFOLD, with private state at the sites; a cohort that is a part of the sites; LoRA's halves frozen for
-    good (the frozen one is never sent) or in turn; strategies that need each update by itself; clusters, which sites
-    choose or are put into; parts and models that stay at the sites, of which each site has the very adapter that a run
-    on one machine gives it; and sites that send a part of the adapter."""
+    good (the frozen one is never sent) or in turn; strategies that need each update by itself; updates that a codec
+    made small; clusters, which sites choose or are put into; parts and models that stay at the sites, of which each
+    site has the very adapter that a run on one machine gives it; and sites that send a part of the adapter."""
     variants: dict[str, dict[str, Any]] = {
         "fedavg": {},
         "scaffold": {"strategy": "scaffold"},
@@ -53,6 +53,16 @@ def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp
     adapter = {"r": 4, "sites": {"south": {"r": 3, "alpha": 5, "layers": [1]}}, "budget": {"west": 0.5}}
     model = {"name": recipes["fedavg"].model.name, "adapter": adapter}
     hetlora = {"strategy": "hetlora"}
+    small = {"shorten": {"name": "top-k", "keep": 0.2}, "round": {"name": "uniform", "bits": 4}, "pack": "huffman"}
+    drawn = {"shorten": {"name": "random-k", "keep": 0.3}, "round": "nf4", "error_feedback": False}
+    for name, codec, federation in (
+        ("small", small, {"cohort": 2}),
+        ("small scaffold", "auto", {"strategy": "scaffold"}),
+        ("small median", drawn, {"strategy": "median"}),
+    ):
+        recipes[name] = make_recipe(
+            name=name.replace(" ", "-"), federation=federation, compression=codec, evaluation=EVALUATION
+        )
     recipes["parts"] = make_recipe(name="parts", model=model, federation=hetlora, evaluation=EVALUATION)
     recipe, names, left_out = partitioned(recipes["fedavg"], 3)
     assert (recipe, list(names.values()), left_out) == (recipes["fedavg"], list(SITES), [])

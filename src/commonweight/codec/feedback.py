@@ -33,19 +33,19 @@ class Coder:
     """Codes the updates of one layout.
 
     Args:
-        seed: of the run; each update has a seed of its own (`draw`).
+        seed: of the run; each update has a seed of its own.
     """
 
     def __init__(self, codec: Codec, layout: Layout, seed: int) -> None:
         self.codec, self.layout, self.seed = codec, layout, seed
         self.spans = tuple(spans(layout))
 
-    def draw(self, site: str, round: int, channel: str, number: int) -> Draw:
-        return Draw(derive_seed(self.seed, "codec", site, round, channel), number)
+    def update_seed(self, site: str, round: int) -> int:
+        return derive_seed(self.seed, "codec", site, round)
 
     @torch.no_grad()
     def encode(
-        self, tensors: Mapping[str, NamedTensors], errors: Mapping[str, NamedTensors], *, site: str, round: int
+        self, tensors: Mapping[str, NamedTensors], errors: Mapping[str, NamedTensors], seed: int
     ) -> Iterator[Coded]:
         """The payloads of an update, in order. Each span of `tensors` becomes, in place, what the other end will read.
 
@@ -53,6 +53,7 @@ class Coder:
             tensors: the update, by channel.
             errors: what was lost before, by channel, float32, which becomes what is lost by now; a channel that has
                 none is coded without error feedback.
+            seed: of this update's random choices (`update_seed`), which the other end is told.
 
         Raises:
             SiteError: a tensor holds NaN or infinity, which is named.
@@ -68,9 +69,14 @@ class Coder:
                 if channel in errors:
                     late = errors[channel].flats[span.dtype][stretch]
                     wanted = wanted + late
-                draw = self.draw(site, round, channel, number)
+                draw = draw_of(seed, channel, number)
                 payload = self.codec.encode(wanted, span.matrices, draw)
                 held.copy_(self.codec.decode(payload, span.matrices, draw))
                 if late is not None:
                     torch.sub(wanted, held.float(), out=late)
                 yield Coded(channel, span, payload)
+
+
+def draw_of(seed: int, channel: str, span: int) -> Draw:
+    """The random choices of one span of an update's channel."""
+    return Draw(derive_seed(seed, channel), span)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..codec.chain import codec_of
+from ..codec.feedback import Coder
 from ..errors import RecipeError, StateError
 from ..federation.asynchronous import check_asynchronous
 from ..model.shapes import Shape, shapes_of
@@ -102,6 +104,12 @@ class RunPlan:
     def parts(self) -> dict[str, Any]:
         """What those sites hold, for people."""
         return {site: shape.facts(self.layout) for site, shape in self.shapes.items()}
+
+    @cached_property
+    def coder(self) -> Coder | None:
+        """What updates are made small by; None: nothing."""
+        codec = codec_of(self.recipe.compression)
+        return None if codec is None else Coder(codec, self.layout, self.recipe.seed)
 
     def update_layout(self, site: str) -> Layout:
         """Of the tensors that a site sends."""

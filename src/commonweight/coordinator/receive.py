@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
+from ..codec.stage import BadPayload
 from ..errors import AccessError, UnreachableError, UpdateRefused
 from ..federation.folder import storage_errors
 from ..federation.round import Answered
@@ -26,12 +27,22 @@ from ..strategies.update import check_weight
 from ..train.start import FROM_THETA, check_cluster
 from ..wire.decode import decode
 from ..wire.frames import Frame, chunk_digest, header_digest
-from ..wire.manifest import TASK, ParsedManifest, check_chunk, check_frame, check_text, first_bad, parse_manifest
+from ..wire.manifest import (
+    TASK,
+    ParsedManifest,
+    check_chunk,
+    check_coded_frame,
+    check_frame,
+    check_text,
+    first_bad,
+    parse_manifest,
+)
 from ..wire.partial import ParsedPartial, check_sum_frame, parse_partial
 from ..wire.protocol_pb2 import Manifest, Partial, SignedManifest, SignedPartial, UploadStatus
 from ..wire.refusals import Refusal, Refused
 from .access import ACTIVE
 from .blobs import Blobs
+from .coded_updates import CodedFile
 from .frame_files import FrameFiles, FrameWriter
 from .plans import Plans, RunPlan
 from .rounds import refusal_code
@@ -243,7 +254,11 @@ class Receiver:
             )
         self.check_size("the update", manifest.frame)
         chunk_bytes = plan.initial.plan.chunk_bytes
-        check_frame(manifest.frame, plan.update_layout(manifest.site), plan.update_channels, chunk_bytes=chunk_bytes)
+        if plan.coder is not None:
+            check_coded_frame(manifest.frame, plan.coder, plan.update_channels)
+        else:
+            layout = plan.update_layout(manifest.site)
+            check_frame(manifest.frame, layout, plan.update_channels, chunk_bytes=chunk_bytes)
         try:
             check_weight(weight_of(manifest, plan), manifest.site, manifest.round)
         except UpdateRefused as error:
@@ -437,6 +452,12 @@ class Receiver:
     def _finish_update(self, receipt: UpdateReceipt) -> UploadStatus:
         assert receipt.sealed is not None
         if not receipt.is_over:
+            unreadable = self._unreadable(receipt)
+            if unreadable is not None:
+                self.store.refuse_upload(receipt.id, unreadable.code, unreadable.message)
+                self._end(receipt)
+                receipt.path.unlink(missing_ok=True)
+                return self.refused_push(receipt, unreadable)
             receipt.sealed.sync()
             if not self.blobs.exists(receipt.blob):
                 self.blobs.put(receipt.blob, receipt.path)
@@ -449,6 +470,18 @@ class Receiver:
         if not row.blob:  # another replica had it from the site too, and its round is over
             self.blobs.delete(receipt.blob)
         return self._status_of(row)
+
+    def _unreadable(self, receipt: UpdateReceipt) -> Refused | None:
+        """Read a coded update once, so that one which cannot be read is refused before its round counts on it."""
+        plan = self.plans.of(receipt.run)
+        if plan is None or plan.coder is None:
+            return None
+        assert receipt.sealed is not None
+        try:
+            CodedFile(receipt.sealed, receipt.frame, plan.coder, plan.update_channels, "the update").payloads.check()
+        except BadPayload as error:
+            return Refused(Refusal.MALFORMED, error.message)
+        return None
 
     def _status_of(self, row: Upload) -> UploadStatus:
         if row.state in ("accepted", "spent"):

@@ -35,6 +35,7 @@ from ..strategies.clusters.sketch import sketches_of
 from ..strategies.side_by_side import SideBySideStrategy, one_thread
 from ..strategies.update import Update
 from ..wire.frames import Channel, Piece, Plan
+from .coded_updates import CodedFile
 from .frame_files import FrameFiles, FrameWriter, StoredFrame
 from .stored_updates import WORKERS, InFiles, StoredPartial, StoredUpdate
 from .vault import SealedFile
@@ -198,7 +199,7 @@ class StoredModel:
                 self.strategy.merge(table)
             return
         strategy = self.strategy
-        alone = [(update, update.open()) for update in self._updates if update.partial is None]
+        alone = [(update, update.opened()) for update in self._updates if update.partial is None]
         regions = self._regions()
         pieces = [piece for piece in self.base_plan.pieces if piece.channel == "theta"]
         try:
@@ -227,7 +228,7 @@ class StoredModel:
         strategy: SumStrategy | AsynchronousStrategy,
         piece: Piece,
         places: _Places,
-        alone: Sequence[tuple[StoredUpdate, SealedFile]],
+        alone: Sequence[tuple[StoredUpdate, SealedFile | CodedFile]],
         regions: Sequence[_Region],
     ) -> None:
         """The strategy's whole round, on one stretch of elements."""
@@ -319,14 +320,19 @@ class _Places:
             writer.write(part.index, bytes_of(values[start : start + part.numel]))
 
 
-def stretch_of(update: StoredUpdate, sealed: SealedFile, piece: Piece, layout: Layout) -> Update:
-    """One stretch of an update, decrypted."""
+def stretch_of(update: StoredUpdate, file: SealedFile | CodedFile, piece: Piece, layout: Layout) -> Update:
+    """One stretch of an update, decrypted and decoded."""
     assert update.frame is not None
     channels = {}
-    for channel, part in _parts(update.frame.plan, piece).items():
-        values = torch.empty(part.numel, dtype=part.held)
-        update.read(sealed, part, values)
-        channels[channel] = NamedTensors(layout, {piece.dtype: values})
+    if isinstance(file, CodedFile):
+        for channel in update.coded_channels:
+            values = file.read(channel, piece.dtype, piece.start, piece.start + piece.numel)
+            channels[channel] = NamedTensors(layout, {piece.dtype: values})
+    else:
+        for channel, part in _parts(update.frame.plan, piece).items():
+            values = torch.empty(part.numel, dtype=part.held)
+            update.read(file, part, values)
+            channels[channel] = NamedTensors(layout, {piece.dtype: values})
     return Update(
         update.site,
         update.round,

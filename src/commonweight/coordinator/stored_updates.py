@@ -13,11 +13,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ..codec.feedback import Coder
 from ..errors import StateError
 from ..model.tensors import Layout
 from ..strategies.side_by_side import SideBySide, Stretch
 from ..strategies.update import Update
 from ..wire.frames import Frame, Piece
+from .coded_updates import CodedFile
 from .frame_files import FrameWriter, StoredFrame
 from .vault import SealedFile
 
@@ -86,6 +88,7 @@ class StoredUpdate(Sealed, Update):
         path, key: the sealed file.
         base: the digest of the frame that its site started from.
         partial: the region's sum in which it came, in place of a file of its own.
+        coder, coded_channels: what made it small, and of which channels; None: it is as it was.
     """
 
     frame: Frame | None = None
@@ -93,6 +96,17 @@ class StoredUpdate(Sealed, Update):
     key: bytes = b""
     base: str = ""
     partial: StoredPartial | None = None
+    coder: Coder | None = None
+    coded_channels: tuple[str, ...] = ()
+
+    def opened(self) -> SealedFile | CodedFile:
+        return self.open() if self.coder is None else self.coded(self.open())
+
+    def coded(self, sealed: SealedFile) -> CodedFile:
+        """What lies in its file, which a codec made small."""
+        assert self.coder is not None
+        assert self.frame is not None
+        return CodedFile(sealed, self.frame, self.coder, self.coded_channels, self.what)
 
     @property
     def what(self) -> str:
@@ -198,6 +212,30 @@ class _PartReader(_Reader):
         return values.view(-1)
 
 
+class _CodedReader(_Reader):
+    """A coded update: the span that was decoded last is at hand."""
+
+    def __init__(self, update: StoredUpdate) -> None:
+        super().__init__(update)
+        self._coded = update.coded(self.sealed)
+        self._last: tuple[str, int] = ("", -1)
+        self._values = torch.empty(0)
+
+    def at_hand(self, channel: str, stretch: Stretch) -> bool:
+        spans = self._coded.payloads.spans_over(stretch.dtype, stretch.start, stretch.stop)
+        return [(channel, number) for number, _ in spans] == [self._last]
+
+    def read(self, channel: str, stretch: Stretch) -> Tensor:
+        return self._coded.read(channel, stretch.dtype, stretch.start, stretch.stop, self._decoded)
+
+    def _decoded(self, channel: str, number: int) -> Tensor:
+        if self._last != (channel, number):
+            self._values, self._last = self._coded.payloads.decode(channel, number), (channel, number)
+        return self._values
+
+
 def _reader(update: StoredUpdate, layout: Layout) -> _Reader:
     assert update.frame is not None
+    if update.coder is not None:
+        return _CodedReader(update)
     return _Reader(update) if update.frame.plan.layout == layout else _PartReader(update, layout)

@@ -42,4 +42,7 @@ def stored_update(
         key=key_of(upload, vault) if partial is None else b"",
         base=manifest.base,
         partial=partial,
+        num_bytes=manifest.frame.plan.num_bytes if plan.coder is not None else 0,
+        coder=plan.coder,
+        coded_channels=plan.update_channels if plan.coder is not None else (),
     )

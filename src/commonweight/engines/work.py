@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codec.coded import LENGTH_BYTES, SEED_BYTES
 from ..codec.feedback import Coded
 from ..errors import SiteError
 from ..evaluate.scoring import answer, score_site, score_tokens
@@ -172,11 +173,11 @@ class TaskWork:
             for channel, tensors in channels.items():
                 known = state.get(_LATE + channel)
                 late[channel] = NamedTensors.zeros(tensors.layout, wide=True) if known is None else known
-        for coded in coder.encode(channels, late, site=task.site, round=task.round):
-            num_bytes += len(coded.payload)
+        for coded in coder.encode(channels, late, coder.update_seed(task.site, task.round)):
+            num_bytes += LENGTH_BYTES + len(coded.payload)
             sent(coded)
         new_state.update({_LATE + channel: tensors for channel, tensors in late.items()})
-        return num_bytes
+        return SEED_BYTES + num_bytes
 
     def _own(self, work: LocalWork, start: NamedTensors) -> NamedTensors:
         """The site's own model after a turn of its own; at first it is the global one."""

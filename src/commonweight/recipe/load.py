@@ -80,12 +80,13 @@ def check_methods(recipe: Recipe, *, network: bool = False, objective: bool = Tr
     for stage, kind in STAGES.items():
         method = getattr(recipe.compression, stage)
         if method.name != NO_STAGE:
+            if network and method.name not in registry.built_in(kind):
+                raise RecipeError(
+                    f"`compression.{stage}`: {method.name!r} is not commonweight's own, and both ends of a network "
+                    "must read a payload alike",
+                    hint=f"use one of {', '.join(registry.names(kind))}, or carry the recipe out by `commonweight run`",
+                )
             _check_method(kind, ("compression", stage), method)
-    if network and recipe.compression.active:
-        raise RecipeError(
-            "`compression` is not available over a network in this version",
-            hint="remove it, or carry the recipe out by `commonweight run`",
-        )
     check_pairings(recipe, network=network)
     if network and recipe.privacy.secure_aggregation == "on":
         raise RecipeError(

@@ -673,9 +673,14 @@ class CompressionSpec(Section):
         return any(getattr(self, stage).name != NO_STAGE for stage in STAGES)
 
     @property
+    def loses(self) -> bool:
+        """Whether what arrives may differ from what was sent; packing alone loses nothing."""
+        return any(stage.name != NO_STAGE for stage in (self.shorten, self.round))
+
+    @property
     def keeps_errors(self) -> bool:
-        """Whether sites keep what was lost: packing alone loses nothing."""
-        return self.error_feedback and any(stage.name != NO_STAGE for stage in (self.shorten, self.round))
+        """Whether sites keep what was lost."""
+        return self.error_feedback and self.loses
 
 
 class OutputSpec(Section):
@@ -725,6 +730,11 @@ class Recipe(Section):
             raise ValueError(
                 "`compression` makes updates of the whole adapter small, and model.adapter.sites or "
                 "model.adapter.budget gives some sites a part; leave one of them out"
+            )
+        if self.compression.loses and self.privacy.dp == "site":
+            raise ValueError(
+                "privacy.dp site reckons with updates of norm `clip` at most, and a codec that rounds or leaves out "
+                "changes an update after it was clipped; use compression: {pack: huffman}, which loses nothing, or none"
             )
         return self
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .. import __version__
+from ..codec.coded import CODED
 from ..errors import AccessError, CommonweightError, PolicyError, SiteError, UnreachableError
 from ..federation.messages import TrainTask
 from ..identity.certificates import needs_renewal
@@ -50,6 +51,8 @@ from .workshop import Work, Workshop, reason_for_others
 
 #: work that took longer is kept on disk before it is sent; cheaper work is done again
 KEEP_AFTER_S = 1.0
+#: of a coded update's chunks, unless the run's are smaller
+CODED_CHUNK_BYTES = 256 << 10
 #: text that goes to the coordinator is cut here
 _MAX_TEXT = 2000
 #: an attempt to renew the certificate that failed is repeated after so long
@@ -473,8 +476,10 @@ class Agent:
         return parcel
 
     def _parcel(self, task: pb.Task, known: KnownJob, work: Work) -> Parcel:
-        layout = work.channels["delta"].layout
-        plan = plan_for(layout, tuple(Channel(name) for name in work.channels), known.chunk_bytes)
+        layout = next(iter(work.channels.values())).layout
+        # a coded update is read a span at a time, and a chunk is read as a whole
+        chunk_bytes = min(known.chunk_bytes, CODED_CHUNK_BYTES) if CODED in work.channels else known.chunk_bytes
+        plan = plan_for(layout, tuple(Channel(name) for name in work.channels), chunk_bytes)
         frame = frame_of(work.channels, plan)
         manifest = pb.Manifest(
             run=task.run,

@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from ..codec.coded import CODED, packed
+from ..codec.feedback import Coded
 from ..data.names import listed
 from ..data.partition_report import data_digest
 from ..data.sites import Site, load_sites
@@ -62,10 +64,11 @@ def quiet(note: str) -> None:
 @dataclass(frozen=True)
 class Work:
     """What a training task came to: the update's tensors, all of one layout, and its figures. The layout is the base's,
-    or where the recipe gives this site a part of the adapter, that part's.
+    or where the recipe gives this site a part of the adapter, that part's, or that of coded ones (`codec/coded.py`).
 
     Args:
-        channels: `delta` (θᵢ − θ) and what else the strategy's correction sends (SCAFFOLD: `control`).
+        channels: `delta` (θᵢ − θ) and what else the strategy's correction sends (SCAFFOLD: `control`); or all of that as
+        `coded`, where a codec made it small.
         metrics: `loss`, mean nats a label token over the local work; `seconds`.
         cluster: of which cluster's model it is an update; 0 where there is one model.
     """
@@ -200,6 +203,7 @@ class RecipeWorkshop:
             work = self._work(run, bench, cancelled)
             delta = NamedTensors.empty(bench.theta.layout)
             digest = base_digest or _digest(tensors)
+            coded: list[Coded] = []
             done = work.train(
                 replace(task, site=self.local_name),
                 tensors,
@@ -208,6 +212,7 @@ class RecipeWorkshop:
                 checkpoint=self._checkpoint(files.checkpoint, task, work, digest),
                 own_checkpoint=self._checkpoint(files.own_checkpoint, task, work, digest),
                 on_step=lambda steps: progress(f"step {steps} of {task.steps}"),
+                sent=coded.append,
             )
             shape = bench.shapes.get(self.local_name)
             channels = {"delta": delta if shape is None else shape.own(delta), **done.further}
@@ -215,6 +220,9 @@ class RecipeWorkshop:
             files.keep_private_state(task, done.state)
             # the loss of one batch says more of its few rows than a strategy that runs over a network asks for
             done.figures["metrics"].pop("first_loss", None)
+            done.figures.pop("num_bytes")  # the frame tells
+            if bench.coder is not None:
+                channels = {CODED: packed(coded, bench.coder.update_seed(self.local_name, task.round))}
             return Work(channels, **done.figures)
 
     def answer(

@@ -20,6 +20,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from ..codec.coded import CODED, check_layout
+from ..codec.feedback import Coder
+from ..codec.stage import BadPayload
 from ..model.tensors import Layout
 from ..strategies.update import MAX_WEIGHT, mismatch
 from .decode import decode
@@ -133,6 +136,23 @@ def check_frame(frame: Frame, layout: Layout, channels: tuple[str, ...], *, chun
         raise _wrong_shape(mismatch(plan.layout, layout))
     if chunk_bytes is not None and plan.chunk_bytes != chunk_bytes:
         raise _wrong_shape(f"its chunks are of {plan.chunk_bytes} bytes, expected {chunk_bytes}")
+
+
+def check_coded_frame(frame: Frame, coder: Coder, channels: tuple[str, ...]) -> None:
+    """Refuse an update that its codec cannot have made small.
+
+    Args:
+        channels: the channels of the strategy's updates, in order.
+
+    Raises:
+        Refused (wrong-shape): says what differs.
+    """
+    if frame.plan.channels != (Channel(CODED),):
+        raise _wrong_shape(f"it carries {_told(frame.plan.channels)}, expected ['{CODED}']")
+    try:
+        check_layout(frame.plan.layout, coder, channels)
+    except BadPayload as error:
+        raise _wrong_shape(error.message) from error
 
 
 def check_chunk(frame: Frame, index: int, chunk: bytes | memoryview) -> Piece:

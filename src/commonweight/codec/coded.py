@@ -1,0 +1,131 @@
+"""A coded update as tensors that can be sent: its payloads end to end, how long each is, and the seed of its choices.
+
+    lengths    int32 [channels · spans], in the order of the channels and of a layout's spans
+    payloads   uint8 [their sum]
+    seed       int64 [1]
+
+Whoever reads an update decodes the spans that it wants, from any place, and holds one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..model.tensors import Entry, Layout, NamedTensors
+from .chain import Span
+from .feedback import Coded, Coder, draw_of
+from .stage import BadPayload
+
+#: the channel in which they travel
+CODED = "coded"
+LENGTHS, PAYLOADS, SEED = "lengths", "payloads", "seed"
+#: what goes with each payload, and once with all
+LENGTH_BYTES, SEED_BYTES = 4, 8
+_SEEDS = 2**63
+
+#: reads bytes start … stop of the payloads
+Fetch = Callable[[int, int], bytes]
+#: decodes a channel's span of a number
+Decode = Callable[[str, int], Tensor]
+
+
+def packed(coded: Sequence[Coded], seed: int) -> NamedTensors:
+    """An update's payloads as tensors."""
+    body = b"".join(one.payload for one in coded)
+    return NamedTensors.of(
+        {
+            LENGTHS: torch.tensor([len(one.payload) for one in coded], dtype=torch.int32),
+            PAYLOADS: torch.frombuffer(bytearray(body), dtype=torch.uint8)
+            if body
+            else torch.empty(0, dtype=torch.uint8),
+            SEED: torch.tensor([seed], dtype=torch.int64),
+        }
+    )
+
+
+def check_layout(layout: Layout, coder: Coder, channels: Sequence[str]) -> None:
+    """Whether tensors of this layout can be an update of these channels.
+
+    Raises:
+        BadPayload: other tensors than `packed` makes, or more bytes than the codec could write.
+    """
+    most = len(channels) * sum(coder.codec.most(span.matrices) for span in coder.spans)
+    expected = {LENGTHS: (torch.int32, len(channels) * len(coder.spans)), SEED: (torch.int64, 1)}
+    found = {entry.name: (entry.dtype, entry.numel) for entry in layout.entries if len(entry.shape) == 1}
+    payloads = found.pop(PAYLOADS, None)
+    if len(layout.entries) != 3 or found != expected or payloads is None or payloads[0] != torch.uint8:
+        raise BadPayload(f"a coded update has {_told(layout.entries)}; expected lengths, payloads and a seed")
+    if payloads[1] > most:
+        raise BadPayload(f"payloads of {payloads[1]} bytes; this codec writes {most} at most")
+
+
+class Payloads:
+    """A coded update, read a stretch at a time, by any number of threads.
+
+    Args:
+        channels: that it has, in order.
+        lengths: as they came.
+        num_bytes: of all payloads.
+
+    Raises:
+        BadPayload: the lengths are not those of `num_bytes` bytes, or one is longer than the codec writes.
+    """
+
+    def __init__(
+        self, coder: Coder, channels: Sequence[str], lengths: Sequence[int], seed: int, num_bytes: int, fetch: Fetch
+    ) -> None:
+        self._coder, self._channels, self._seed, self._fetch = coder, tuple(channels), seed, fetch
+        self._most = [coder.codec.most(span.matrices) for span in coder.spans] * len(channels)
+        fits = len(lengths) == len(self._most) and all(
+            0 <= length <= most for length, most in zip(lengths, self._most, strict=True)
+        )
+        if not fits or sum(lengths) != num_bytes or not 0 <= seed < _SEEDS:
+            raise BadPayload("the lengths of a coded update's payloads do not fit what it holds")
+        self._starts = [0, *accumulate(lengths)]
+
+    def decode(self, channel: str, number: int) -> Tensor:
+        """One span, 1-D, in the dtype of its flat.
+
+        Raises:
+            BadPayload: it is not what the codec writes.
+        """
+        span = self._coder.spans[number]
+        place = self._channels.index(channel) * len(self._coder.spans) + number
+        payload = self._fetch(self._starts[place], self._starts[place + 1])
+        values = self._coder.codec.decode(payload, span.matrices, draw_of(self._seed, channel, number)).to(span.dtype)
+        if not bool(values.isfinite().all()):
+            raise BadPayload(f"numbers that {span.dtype} cannot hold")
+        return values
+
+    def check(self) -> None:
+        """Decode everything once. Raises BadPayload: something is not what the codec writes."""
+        for channel in self._channels:
+            for number in range(len(self._coder.spans)):
+                self.decode(channel, number)
+
+    def spans_over(self, dtype: torch.dtype, start: int, stop: int) -> Iterator[tuple[int, Span]]:
+        """The spans that hold elements start … stop of a flat, with their numbers."""
+        for number, span in enumerate(self._coder.spans):
+            if span.dtype == dtype and span.start < stop and start < span.start + span.numel:
+                yield number, span
+
+    def read(self, channel: str, dtype: torch.dtype, start: int, stop: int, decode: Decode | None = None) -> Tensor:
+        """Elements start … stop of a channel's flat. What is not floating was not sent, and is 0.
+
+        Args:
+            decode: in the place of `decode`; one that remembers, say.
+        """
+        values = torch.zeros(stop - start, dtype=dtype)
+        for number, span in self.spans_over(dtype, start, stop):
+            part = (decode or self.decode)(channel, number)
+            first, last = max(start, span.start), min(stop, span.start + span.numel)
+            values[first - start : last - start] = part[first - span.start : last - span.start]
+        return values
+
+
+def _told(entries: Sequence[Entry]) -> list[str]:
+    return [f"{entry.name[:40]} {list(entry.shape)}" for entry in entries[:4]]
