@@ -253,6 +253,7 @@ class Hand:
         sites: Sequence[str] = (),
         tensors: NamedTensors | None = None,
         privacy: Mapping[str, Any] | None = None,
+        compression: Any = "none",
         **federation: Any,
     ) -> pb.Job:
         recipe = Recipe.model_validate(
@@ -261,6 +262,7 @@ class Hand:
                 "training": {"lr": 1.0},
                 "federation": {"rounds": rounds, "patience_s": 0.3, **federation},
                 "privacy": privacy or {},
+                "compression": compression,
                 "evaluation": {"controls": [], "every": rounds, "samples": 0, "resamples": 100},
                 "output": {"keep_rounds": 1},
             }

@@ -67,8 +67,8 @@ class Work:
     or where the recipe gives this site a part of the adapter, that part's, or that of coded ones (`codec/coded.py`).
 
     Args:
-        channels: `delta` (θᵢ − θ) and what else the strategy's correction sends (SCAFFOLD: `control`); or all of that as
-        `coded`, where a codec made it small.
+        channels: `delta` (θᵢ − θ) and what else the correction sends (SCAFFOLD: `control`); or all of that as `coded`,
+        where a codec made it small.
         metrics: `loss`, mean nats a label token over the local work; `seconds`.
         cluster: of which cluster's model it is an update; 0 where there is one model.
     """
