@@ -21,7 +21,7 @@ from .evaluate.report import write_report
 from .federation.asynchronous import AsynchronousRun, check_asynchronous, with_equal_budget
 from .federation.clock import VirtualClock
 from .federation.clusters import check_clusters, clusters_of, largest
-from .federation.cohort import check_cohort
+from .federation.cohort import check_cohort, check_separation
 from .federation.controls import run_controls
 from .federation.evaluation import Evaluation
 from .federation.events import Events, Listener, phase_seconds
@@ -103,6 +103,7 @@ def _run(
         bench = build_bench(recipe)
         sites = bench.facts
         check_cohort(len(sites.names), recipe.federation)
+        check_separation(len(sites.names), recipe)
         check_sums(recipe, len(sites.names))
         require_sites(recipe.federation.relay_of, sites.names, "federation.relays")
         strategy = _strategy(recipe, len(sites.names))

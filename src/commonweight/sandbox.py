@@ -32,7 +32,7 @@ from .data.sites import load_sites
 from .errors import CommonweightError, RecipeError, RoundError, UnreachableError
 from .evaluate.report import read_metrics
 from .federation.asynchronous import check_asynchronous
-from .federation.cohort import check_cohort
+from .federation.cohort import check_cohort, check_separation
 from .federation.events import Listener
 from .federation.folder import storage_errors, write_text
 from .identity.enrol import enrol
@@ -92,6 +92,7 @@ def partitioned(recipe: Recipe, sites: int | None = None) -> tuple[Recipe, dict[
             hint="leave --sites out; or keep fewer by --set data.sites.largest=N",
         )
     check_cohort(len(names), recipe.federation)
+    check_separation(len(names), recipe)
     check_asynchronous(recipe, len(names))
     require_sites(recipe.federation.relay_of, names, "federation.relays")
     enrolled = site_names(names)

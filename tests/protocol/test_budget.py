@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -90,3 +91,25 @@ def test_a_clipping_norm_follows_what_sites_say_of_their_updates(coordinator: Co
     assert asked["within"] == asked["beyond"] == [1.0, 1.0]
     assert [round["privacy"]["share"] for round in ended["history"]] == [0.5, 1.0]
     assert ended["history"][1]["privacy"]["next_clip"] == pytest.approx(math.exp(-0.2 * 0.5))
+
+
+def test_correlated_noise_keeps_sites_apart_and_no_key_outlives_its_run(strict: Coordinator) -> None:
+    lead = strict.hand("lena", "lead")
+    names = ["east", "north", "south", "west"]
+    for name in names:
+        strict.site(name)
+    privacy = {**PRIVATE, "mechanism": {"name": "banded-toeplitz", "min_separation": 2}}
+    options: dict[str, Any] = {"privacy": privacy, "weighting": "uniform", "cohort": 2, "sites": names}
+    six = lead.wait(lead.submit(lead.job(rounds=6, name="six", **options)))
+    cohorts = [set(round["cohort"]) for round in six["history"]]
+    assert all(not earlier & later for earlier, later in itertools.pairwise(cohorts))
+    found = lead.json("Control/ReadLedger", pb.LedgerRequest())
+    assert {(line["site"], line["mechanism"], line["count"]) for line in found["lines"]} == {
+        (name, "banded-toeplitz", 3) for name in names
+    }
+    failed = lead.wait(lead.submit(lead.job(rounds=6, name="seven", **options)), "failed")
+    assert failed["round"] == 0, "three rounds are all that the budget allows"
+    too_few = lead.wait(lead.submit(lead.job(rounds=2, name="few", **{**options, "sites": names[:3]})), "failed")
+    assert "that takes 4 sites, and there are 3" in too_few["error"]
+    store = strict.replica.here.store
+    assert all(store.result(run.id, f"noise/{n:04d}") is None for run in store.runs() for n in range(1, 7))

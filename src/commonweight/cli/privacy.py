@@ -30,7 +30,9 @@ _PLAN_KEYS = (
     "rounds",
     "unit",
     "adjacency",
+    "mechanism",
     "sampling",
+    "participations",
     "clip",
     "noise_multiplier",
     "delta",
@@ -45,7 +47,7 @@ _MANY = 10**6
 def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = False) -> None:
     """Say what a recipe's privacy will cost, before it runs."""
     begin(json)
-    from ..federation.private_rounds import SAMPLING, UNIT, planned_noise
+    from ..federation.private_rounds import UNIT, band_of, participations, planned_noise, sampling
     from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp
     from ..privacy.spending import ADJACENCY
     from ..recipe.compatibility import secure_sums
@@ -66,15 +68,20 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = Fals
         return
     assert spec.delta is not None
     z = planned_noise(loaded)
-    each = [epsilon(Releases(z, count), spec.delta) for count in range(1, rounds + 1)]
-    rdp = epsilon_by_rdp(Releases(z, rounds), spec.delta)
+    times = participations(loaded)
+    by_times = [epsilon(Releases(z, count), spec.delta) for count in range(1, times + 1)]
+    each = [by_times[participations(loaded, number) - 1] for number in range(1, rounds + 1)]
+    rdp = epsilon_by_rdp(Releases(z, times), spec.delta)
+    mechanism = spec.mechanism.name
+    correlated = mechanism != "gaussian"
     if json:
-        known = (spec.dp, rounds, UNIT, ADJACENCY[UNIT], SAMPLING, spec.clip, z, spec.delta)
+        known = (spec.dp, rounds, UNIT, ADJACENCY[UNIT], mechanism, sampling(loaded), times, spec.clip, z, spec.delta)
         costs = (_finite(each[-1]), _finite(rdp), [_finite(value) for value in each])
         print_json(dict(zip(_PLAN_KEYS, (*known, *costs), strict=True)) | sums)
         return
+    earlier = ", before it is correlated" if correlated else ""
     say(f"{recipe}: differential privacy of each {UNIT}")
-    say(f"  noise multiplier z    {z:g}: σ = {z * (spec.clip or 0):.4g} on each element of the sum of updates")
+    say(f"  noise multiplier z    {z:g}: σ = {z * (spec.clip or 0):.4g} on each element of the sum of updates{earlier}")
     follows = (
         "" if spec.adaptive_clip is None else f" at first; it follows the {spec.adaptive_clip.quantile:g} quantile"
     )
@@ -82,7 +89,14 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = Fals
     say(f"  releases              {rounds}, one a round")
     say(f"  ε at δ = {spec.delta:g}        {_text(each[-1])} (by Rényi divergences {_text(rdp)})")
     say(f"  neighbouring data     {ADJACENCY[UNIT]}")
-    say(f"  sampling              {SAMPLING}")
+    say(f"  sampling              {sampling(loaded)}")
+    if correlated:
+        from ..privacy.toeplitz import optimised, rmse
+
+        band = min(band_of(loaded), rounds)
+        share = rmse(optimised(rounds, band), rounds) / rmse(optimised(rounds, 1), rounds)
+        say(f"  a site takes part     {times} times at most")
+        say(f"  correlated noise      over {band} rounds: {share:.0%} of what independent noise leaves in the models")
     say(f"  secure sums           {told} (over a network)")
     shown = sorted({1, *range(max(1, rounds // 8), rounds + 1, max(1, rounds // 8)), rounds})
     table(("after round", "ε"), [(str(k), _text(each[k - 1])) for k in shown], right=(0, 1))

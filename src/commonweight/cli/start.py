@@ -156,7 +156,7 @@ def validate(
 def _partition(recipe: Any) -> dict[str, Any]:
     from ..data.sites import load_sites
     from ..federation.asynchronous import check_asynchronous
-    from ..federation.cohort import check_cohort
+    from ..federation.cohort import check_cohort, check_separation
     from ..model.base import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
@@ -164,5 +164,6 @@ def _partition(recipe: Any) -> dict[str, Any]:
         recipe.data, seed=recipe.seed, tokenizer=tokenizer, max_tokens=recipe.training.max_tokens
     )
     check_cohort(len(sites), recipe.federation)
+    check_separation(len(sites), recipe)
     check_asynchronous(recipe, len(sites))
     return partition

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import QuorumError, SiteError
-from ..federation.cohort import check_cohort
+from ..federation.cohort import check_cohort, check_separation
 from ..federation.events import Events
 from ..federation.journal import RunJournal
 from ..federation.round import answers_needed
@@ -177,6 +177,8 @@ class Roster:
             joined, active = self.joined(), self._active()
             record = {"sites": [site for site in joined if site in active]}
             check_cohort(len(record["sites"]), self.spec)
+            if not self.journal.last_round():
+                check_separation(len(record["sites"]), self.plan.recipe)
             self.journal.put(f"roster/{round:04d}", record)
         names = tuple(record["sites"])
         self.engine.num_sites = len(names)

@@ -4,21 +4,50 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from ..errors import RecipeError
-from ..recipe.schema import FederationSpec
+from ..recipe.schema import FederationSpec, Recipe
 from ..seeding import derive_seed
 from .round import Round, answers_needed
 
 
-def choose_cohort(sites: Sequence[str], spec: FederationSpec, *, seed: int, round: int) -> tuple[str, ...]:
-    """The sites of one round, uniformly without replacement, in the order of `sites` (the order of folding)."""
-    size = invited(spec, len(sites))
+def choose_cohort(
+    sites: Sequence[str], spec: FederationSpec, *, seed: int, round: int, resting: Collection[str] = ()
+) -> tuple[str, ...]:
+    """The sites of one round, uniformly without replacement, in the order of `sites` (the order of folding).
+
+    Args:
+        resting: sites that may not be invited.
+    """
+    able = [index for index, site in enumerate(sites) if site not in resting]
+    size = min(invited(spec, len(sites)), len(able))
     if size == len(sites):
         return tuple(sites)
-    chosen = set(random.Random(derive_seed(seed, "cohort", round)).sample(range(len(sites)), size))
+    chosen = set(random.Random(derive_seed(seed, "cohort", round)).sample(able, size))
     return tuple(site for index, site in enumerate(sites) if index in chosen)
+
+
+def resting_sites(commits: Mapping[int, Mapping[str, Any]], round: int, separation: int) -> set[str]:
+    """Sites that were invited to one of the `separation` − 1 rounds before, by the commits' records."""
+    before = range(max(1, round - separation + 1), round)
+    return {site for number in before for site in commits[number]["cohort"]}
+
+
+def check_separation(num_sites: int, recipe: Recipe) -> None:
+    """Refuse a separation of a site's rounds that so few sites cannot keep.
+
+    Raises:
+        RecipeError: the cohorts of so many rounds in a row take more sites than there are.
+    """
+    separation, size = recipe.privacy.mechanism.separation, invited(recipe.federation, num_sites)
+    if separation > 1 and size * separation > num_sites:
+        raise RecipeError(
+            f"privacy.mechanism.min_separation is {separation} and a round invites {size} sites: that takes "
+            f"{size * separation} sites, and there are {num_sites}",
+            hint=f"set min_separation to at most {num_sites // size}, or a smaller federation.cohort",
+        )
 
 
 def invited(spec: FederationSpec, num_sites: int) -> int:

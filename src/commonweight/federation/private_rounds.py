@@ -2,31 +2,34 @@
 
 A round's noise is a key of 32 random bytes. It is in the journal before the noisy mean is made, so that a run that was
 killed makes the very same one; and it is struck out once the round is committed, so that nobody can take the noise off
-again.
+again. Where the noise of later rounds is made of it too (`privacy/toeplitz.py`) it is struck out with the last.
 
 Where the clipping norm follows the updates, what it is in the next round is in each commit.
 
-Journal keys: `privacy` (what the sums are divided by, fixed before round 1), `noise/NNNN` (the sealed key of an open
-round).
+Journal keys: `privacy` (what the sums are divided by, and the noise's coefficients, fixed before round 1), `noise/NNNN`
+(the sealed key of an open round).
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..privacy.accounting import Releases, epsilon_by_rdp, epsilon_of_all, noise_multiplier
+from ..errors import StateError
+from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp, noise_multiplier
 from ..privacy.adaptive_clip import UNDER_CLIP, AdaptiveClip
 from ..privacy.noise import GaussianNoise, new_key
 from ..privacy.site_level import COUNT_ROW, NoisyMean
 from ..privacy.spending import ADJACENCY, UNPROTECTED, Spend
+from ..privacy.toeplitz import CorrelatedNoise, optimised
 from ..recipe.schema import Recipe
 from ..strategies.update import Update
 from .journal import RunJournal
 
 UNIT = "site"
-SAMPLING = "none assumed: this is what a site pays whose update is in every round"
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,17 @@ class PrivateRounds:
 
     def __init__(self, recipe: Recipe, journal: RunJournal, num_sites: int, seal: Seal | None = None) -> None:
         self.journal, self.seal = journal, seal or Seal()
-        spec = recipe.privacy
+        spec, self.rounds = recipe.privacy, recipe.federation.rounds
         assert spec.clip is not None
         self.bound, self.noise_multiplier = spec.clip, planned_noise(recipe)
         begun = journal.get("privacy")
         if begun is None:
             begun = {"expected": recipe.federation.cohort.size(num_sites)}
+            if spec.mechanism.name == "banded-toeplitz":
+                begun["coefficients"] = list(optimised(self.rounds, band_of(recipe)))
             journal.put("privacy", begun)
         self.expected = int(begun["expected"])
+        self.coefficients: list[float] = begun.get("coefficients", [])
         adaptive = spec.adaptive_clip
         self.adaptive = AdaptiveClip.of(adaptive, self.noise_multiplier, self.expected) if adaptive else None
         commits = journal.commits() if adaptive else {}
@@ -82,26 +88,48 @@ class PrivateRounds:
 
     def mean(self, round: int) -> NoisyMean:
         """How a round's sum is released; its noise is in the journal when this returns."""
-        name = _name(round)
-        kept = self.journal.get(name)
-        key = new_key() if kept is None else self.seal.open(name, kept["key"])
-        if kept is None:
-            self.journal.put(name, {"key": self.seal.close(name, key)})
-        noise, z = GaussianNoise(key), self.noise_multiplier
+        key, z = self._key(round), self.noise_multiplier
+        if self.coefficients:
+            keys = [*(self._known(number) for number in range(1, round)), key]
+            return NoisyMean(self.bound, z, self.expected, CorrelatedNoise(keys, self.coefficients))
+        noise = GaussianNoise(key)
         if self.adaptive is not None:
             z = self.adaptive.sum_noise
             share = self.adaptive.share(self._centred, float(noise.values(COUNT_ROW, 0, 1)[0]))
             self._further = {"sum_noise": z, "share": share, "next_clip": self.adaptive.after(self.bound, share)}
         return NoisyMean(self.bound, z, self.expected, noise)
 
+    def _key(self, round: int) -> bytes:
+        """A round's key, drawn and put into the journal if it is not there."""
+        name = _name(round)
+        if self.journal.get(name) is not None:
+            return self._known(round)
+        key = new_key()
+        self.journal.put(name, {"key": self.seal.close(name, key)})
+        return key
+
+    def _known(self, round: int) -> bytes:
+        name = _name(round)
+        kept = self.journal.get(name)
+        if kept is None:
+            raise StateError(
+                f"the noise of round {round} is not in the journal, and that of later rounds takes a part of it back",
+                hint="this run cannot go on; start a new one",
+            )
+        return self.seal.open(name, kept["key"])
+
     def record(self) -> dict[str, Any]:
         """What a commit says of its release."""
         said = {"noise_multiplier": self.noise_multiplier, "clip": self.bound, "divided_by": self.expected}
-        return {**said, **self._further}
+        return {**said, **({"mechanism": "banded-toeplitz"} if self.coefficients else {}), **self._further}
 
     def committed(self, round: int) -> None:
-        """A round's commit is in the journal: its noise can never be made again."""
-        self.journal.drop(_name(round))
+        """A round's commit is in the journal: noise that no round needs any more can never be made again."""
+        if not self.coefficients:
+            self.journal.drop(_name(round))
+        elif round == self.rounds:
+            for number in range(1, round + 1):
+                self.journal.drop(_name(number))
         self.bound = self._further.get("next_clip", self.bound)
 
 
@@ -112,28 +140,52 @@ def planned_noise(recipe: Recipe) -> float:
         return spec.noise_multiplier
     assert spec.epsilon is not None
     assert spec.delta is not None
-    return noise_multiplier(spec.epsilon, spec.delta, count=recipe.federation.rounds)
+    return noise_multiplier(spec.epsilon, spec.delta, count=participations(recipe))
+
+
+def participations(recipe: Recipe, rounds: int | None = None) -> int:
+    """In how many rounds a site takes part at most: of the recipe's, or of the first so many."""
+    return math.ceil((recipe.federation.rounds if rounds is None else rounds) / recipe.privacy.mechanism.separation)
+
+
+def sampling(recipe: Recipe) -> str:
+    """What is assumed of who takes part when."""
+    separation = recipe.privacy.mechanism.separation
+    if separation == 1:
+        return "none assumed: this is what a site pays whose update is in every round"
+    return f"none assumed: of {separation} rounds in a row a site takes part in one at most"
+
+
+def band_of(recipe: Recipe) -> int:
+    """Rounds over which noise is spread."""
+    return recipe.privacy.mechanism.band or recipe.privacy.mechanism.separation
 
 
 def spend_of(recipe: Recipe) -> Spend:
     """What a round costs each site whose update is in its sum."""
-    return UNPROTECTED if recipe.privacy.dp == "none" else Spend(UNIT, "gaussian", planned_noise(recipe))
+    if recipe.privacy.dp == "none":
+        return UNPROTECTED
+    return Spend(UNIT, recipe.privacy.mechanism.name, planned_noise(recipe))
 
 
 def spent_in(record: Mapping[str, Any]) -> Spend | None:
     """What a commit's record says of its release; None if it says nothing."""
     found = record.get("privacy")
-    return None if found is None else Spend(UNIT, "gaussian", float(found["noise_multiplier"]))
+    if found is None:
+        return None
+    return Spend(UNIT, found.get("mechanism", "gaussian"), float(found["noise_multiplier"]))
 
 
-def spent(records: Sequence[Mapping[str, Any]]) -> list[Releases]:
-    """The releases that commits' records tell of, those of equal noise together."""
-    counts: dict[float, int] = {}
-    for record in records:
-        if "privacy" in record:
-            z = float(record["privacy"]["noise_multiplier"])
-            counts[z] = counts.get(z, 0) + 1
-    return [Releases(z, count) for z, count in counts.items()]
+def released(records: Sequence[Mapping[str, Any]]) -> Releases | None:
+    """What rounds have cost a site that took part as often as any, by the commits' records; None: nothing private."""
+    private = [record for record in records if "privacy" in record]
+    if not private:
+        return None
+    count = len(private)
+    if "mechanism" in private[0]["privacy"]:
+        answers = Counter(site for record in private for site in record["answered"])
+        count = max(answers.values(), default=0)
+    return Releases(float(private[0]["privacy"]["noise_multiplier"]), count)
 
 
 def statement(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -142,21 +194,21 @@ def statement(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> dict[str,
     if spec.dp == "none":
         return {"dp": "none", "epsilon": None}
     assert spec.delta is not None
-    plans = spent(records)
-    epsilon = epsilon_of_all(plans, spec.delta)
-    rdp = max((epsilon_by_rdp(plan, spec.delta) for plan in plans), default=0.0)
-    finite = epsilon < float("inf")
+    plan = released(records) or Releases(planned_noise(recipe), 0)
+    cost, rdp = epsilon(plan, spec.delta), epsilon_by_rdp(plan, spec.delta)
+    finite = cost < math.inf
     return {
         "dp": "site",
-        "epsilon": epsilon if finite else None,
-        "epsilon_rdp": rdp if finite and len(plans) == 1 else None,
+        "epsilon": cost if finite else None,
+        "epsilon_rdp": rdp if finite else None,
         "delta": spec.delta,
         "unit": UNIT,
         "adjacency": ADJACENCY[UNIT],
-        "sampling": SAMPLING,
+        "mechanism": spec.mechanism.name,
+        "sampling": sampling(recipe),
         "noise_multiplier": planned_noise(recipe),
         "clip": next((r["privacy"]["clip"] for r in reversed(records) if "privacy" in r), spec.clip),
-        "releases": sum(plan.count for plan in plans),
+        "releases": plan.count,
     }
 
 

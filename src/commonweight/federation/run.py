@@ -27,7 +27,7 @@ from ..strategies.update import Update
 from ..train.schedule import lr_in_round
 from ..train.start import check_cluster
 from .clusters import clusters_in_rounds
-from .cohort import choose_cohort, new_round
+from .cohort import choose_cohort, new_round, resting_sites
 from .evaluation import Evaluation
 from .events import Events
 from .global_model import GlobalModel
@@ -116,7 +116,7 @@ class FederatedRun:
         self._enter(number)
         self.sites = self.evaluation.sites = self._sites(number)
         self.strategy.num_sites = len(self.sites.names)
-        cohort = choose_cohort(self.sites.names, spec, seed=self.recipe.seed, round=number)
+        cohort = self._cohort(number)
         self.charges.foresee(number, cohort)
         least = majority(len(cohort)) if self.secure is not None else 0
         round = new_round(number, cohort, spec, len(self.sites.names), least=least)
@@ -143,6 +143,21 @@ class FederatedRun:
         if round.phase is not Phase.CLOSED:
             self._abandon(round)
         self._commit(round, tally, timing, evaluated_at)
+
+    def _cohort(self, number: int) -> tuple[str, ...]:
+        """The sites that are invited to a round."""
+        separation = self.recipe.privacy.mechanism.separation
+        resting = resting_sites(self.journal.commits(), number, separation) if separation > 1 else set[str]()
+        spec, seed = self.recipe.federation, self.recipe.seed
+        cohort = choose_cohort(self.sites.names, spec, seed=seed, round=number, resting=resting)
+        if not cohort:
+            raise QuorumError(
+                f"round {number} has nobody to invite: all {len(self.sites.names)} sites took part in one of the "
+                f"{separation - 1} rounds before",
+                hint="let more sites join, or lower privacy.mechanism.min_separation in a new run",
+                retry=True,
+            )
+        return cohort
 
     def _share_keys(self, round: Round, lr: float, secure: SecureRounds) -> Round:
         """The keys and shares of a secure sum go round, before anybody trains."""

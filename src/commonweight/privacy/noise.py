@@ -12,6 +12,7 @@ in floating point is not the real-valued noise of the proofs: the lowest bits of
 from __future__ import annotations
 
 import secrets
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -31,20 +32,15 @@ def new_key() -> bytes:
     return secrets.token_bytes(KEY_BYTES)
 
 
-class GaussianNoise:
-    """Rows of independent standard normal numbers.
+class Noise(ABC):
+    """Rows of normal numbers, in stretches."""
 
-    Args:
-        key: 32 bytes, of one release only.
-    """
-
-    def __init__(self, key: bytes) -> None:
-        if len(key) != KEY_BYTES:
-            raise ValueError(f"a noise key of {len(key)} bytes: it must have {KEY_BYTES}")
-        self._key = key
+    @abstractmethod
+    def values(self, number: int, start: int, count: int) -> NDArray[np.float64]:
+        """Elements start … start + count − 1 of a row."""
 
     def add_(self, row: Tensor, sigma: float, *, number: int, start: int = 0) -> Tensor:
-        """row ← row + σ·z, in place, z standard normal; summed in float64 and rounded once.
+        """row ← row + σ·w, in place, w the noise; summed in float64 and rounded once.
 
         Args:
             row: 1-D, float32 or float64, on the CPU: elements from `start` on of the row of this number.
@@ -62,8 +58,20 @@ class GaussianNoise:
             done += size
         return row
 
+
+class GaussianNoise(Noise):
+    """Rows of independent standard normal numbers.
+
+    Args:
+        key: 32 bytes, of one release only.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"a noise key of {len(key)} bytes: it must have {KEY_BYTES}")
+        self._key = key
+
     def values(self, number: int, start: int, count: int) -> NDArray[np.float64]:
-        """Elements start … start + count − 1 of a row."""
         first, last = start // _PER_BLOCK, -(-(start + count) // _PER_BLOCK)
         words = self._words(number, first, (last - first) * _PER_BLOCK).reshape(-1, 2)
         # 53 bits each; the first is never 0, of which there is no logarithm

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from ..model.tensors import NamedTensors, l2_norm
-from .noise import GaussianNoise
+from .noise import Noise
 
 
 def clip_(update: NamedTensors, bound: float) -> float:
@@ -45,13 +45,13 @@ class NoisyMean:
         bound: C.
         noise_multiplier: z.
         expected: what the sum is divided by.
-        noise: of this round alone.
+        noise: of this round.
     """
 
     bound: float
     noise_multiplier: float
     expected: int
-    noise: GaussianNoise
+    noise: Noise
 
     def release(self, total: NamedTensors, first: Mapping[torch.dtype, int]) -> NamedTensors:
         """(Σ Δᵢ + N(0, z²C²))/m, in place.

@@ -578,6 +578,48 @@ class AdaptiveClipSpec(Section):
     )
 
 
+class MechanismSpec(Section):
+    """The noise of a run's rounds."""
+
+    name: Literal["gaussian", "banded-toeplitz"] = Field(
+        "gaussian",
+        description="`gaussian`: independent in each round. `banded-toeplitz`: what a round adds later ones take back "
+        "in part, which leaves less of it in the model; each site then takes part at most once in `min_separation` "
+        "rounds.",
+    )
+    min_separation: int | None = Field(
+        None,
+        ge=2,
+        description="`banded-toeplitz` needs it: of so many rounds in a row a site takes part in one at most. The "
+        "cohort times this is no more than the number of sites.",
+    )
+    band: int | None = Field(
+        None,
+        ge=1,
+        description="`banded-toeplitz`: rounds over which noise is spread, at most and by default `min_separation`.",
+    )
+
+    @model_validator(mode="after")
+    def _a_band_within_the_separation(self) -> Self:
+        if self.name == "gaussian":
+            given = [name for name in ("min_separation", "band") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"`{given[0]}` does nothing with gaussian noise; use name: banded-toeplitz")
+            return self
+        if self.min_separation is None:
+            raise ValueError("banded-toeplitz needs `min_separation`: what it costs depends on it")
+        if self.band is not None and self.band > self.min_separation:
+            raise ValueError(
+                f"band {self.band} is above min_separation {self.min_separation}: a site could take part in it twice"
+            )
+        return self
+
+    @property
+    def separation(self) -> int:
+        """Of so many rounds in a row a site takes part in one at most; 1: in all."""
+        return self.min_separation or 1
+
+
 class PrivacySpec(Section):
     """What bounds what is learnt of a site: by whoever gets the result, and by the coordinator."""
 
@@ -597,6 +639,9 @@ class PrivacySpec(Section):
     )
     noise_multiplier: float | None = Field(
         None, ge=0, description="z: the noise's standard deviation in units of `clip`; ε follows. Or `epsilon`."
+    )
+    mechanism: Annotated[MechanismSpec, BeforeValidator(_named)] = Field(
+        default_factory=MechanismSpec, description="The noise: `gaussian`, or `{name: banded-toeplitz, …}`."
     )
     adaptive_clip: AdaptiveClipSpec | None = Field(
         None,
@@ -625,7 +670,14 @@ class PrivacySpec(Section):
         if self.dp == "none":
             if given:
                 raise ValueError(f"`{given[0]}` does nothing with dp: none; set dp: site, or remove it")
+            if self.mechanism.name != "gaussian":
+                raise ValueError("`mechanism` does nothing with dp: none; set dp: site, or remove it")
             return self
+        if self.mechanism.name != "gaussian" and self.adaptive_clip is not None:
+            raise ValueError(
+                "noise that later rounds take back is of one size, and `adaptive_clip` changes it; leave that out, or "
+                "use mechanism: gaussian"
+            )
         missing = [name for name in ("clip", "delta") if name not in given]
         if missing:
             raise ValueError(f"dp: site needs `{missing[0]}`")

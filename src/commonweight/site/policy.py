@@ -28,7 +28,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from ..errors import PolicyError, RecipeError
 from ..evaluate.metrics import Scores
-from ..federation.private_rounds import planned_noise, spend_of
+from ..federation.private_rounds import participations, planned_noise, spend_of
 from ..identity.roles import SIGNING_ROLES
 from ..model.shapes import shapes_of
 from ..privacy.accounting import Releases, epsilon
@@ -245,6 +245,8 @@ class JobFacts:
         epsilon: what the job states; None: no bound (∞).
         num_sites: sites that the job names; 0: every enrolled site.
         spend: what a round costs this site, if the coordinator does as the job says.
+        participations: rounds in which this site takes part at most; None: all.
+        separation: of so many rounds in a row this site takes part in one at most.
     """
 
     run: str
@@ -268,6 +270,8 @@ class JobFacts:
     trust_remote_code: bool
     num_sites: int
     spend: Spend = UNPROTECTED
+    participations: int | None = None
+    separation: int = 1
 
     @classmethod
     def of(
@@ -319,6 +323,8 @@ class JobFacts:
             trust_remote_code=recipe.model.trust_remote_code,
             num_sites=num_sites,
             spend=spend_of(recipe),
+            participations=participations(recipe),
+            separation=recipe.privacy.mechanism.separation,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -354,7 +360,7 @@ def _planned_epsilon(recipe: Recipe) -> float | None:
     if spec.dp == "none":
         return None
     assert spec.delta is not None
-    found = epsilon(Releases(planned_noise(recipe), recipe.federation.rounds), spec.delta)
+    found = epsilon(Releases(planned_noise(recipe), participations(recipe)), spec.delta)
     return found if found < math.inf else None
 
 
@@ -387,6 +393,7 @@ class Spent:
         rounds: other rounds of the run that this site took part in.
         runs: other runs that this site took part in.
         runs_of_signer: those of them whose jobs the same key signed.
+        nearest: rounds between the round at hand and the nearest other of the run that this site took part in.
         spends_run, spends_others: of privacy, by updates that left: in other rounds of the run, and in other runs.
         approval: what a person said about the run: `pending`, `approved`, `denied`; None: nobody was asked.
     """
@@ -397,6 +404,7 @@ class Spent:
     rounds: int = 0
     runs: int = 0
     runs_of_signer: int = 0
+    nearest: int | None = None
     spends_run: tuple[Spend, ...] = ()
     spends_others: tuple[Spend, ...] = ()
     approval: str | None = None
@@ -501,7 +509,8 @@ def _job_reasons(policy: Policy, facts: JobFacts, spent: Spent) -> Iterator[str]
     yield from _how_much(policy, facts, spent)
     yield from _privacy(policy.privacy, facts)
     if facts.kind == "train":
-        whole = replace(facts.spend, count=facts.spend.count * facts.rounds)
+        times = facts.rounds if facts.participations is None else facts.participations
+        whole = replace(facts.spend, count=facts.spend.count * times)
         yield from _over_budget(policy, spent.spends_others, whole, "in all the job's rounds: ")
 
 
@@ -601,6 +610,11 @@ def _round_reasons(policy: Policy, facts: JobFacts, round: int, cohort_size: int
         yield f"max_rounds is {policy.max_rounds}; the task is for round {round}"
     if spent.rounds + 1 > policy.max_rounds:
         yield f"max_rounds is {policy.max_rounds}; this site took part in {spent.rounds} rounds of the run already"
+    if spent.nearest is not None and spent.nearest < facts.separation:
+        yield (
+            f"the job promises that of {facts.separation} rounds in a row this site takes part in one; it took part in "
+            f"one {spent.nearest} before or after round {round}"
+        )
     if cohort_size is not None and cohort_size < policy.min_cohort:
         yield f"min_cohort is {policy.min_cohort}; {cohort_size} sites are invited to the round"
     yield from _over_budget(policy, [*spent.spends_others, *spent.spends_run], facts.spend, "in this round: ")

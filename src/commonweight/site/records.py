@@ -222,6 +222,9 @@ class SiteRecords:
             (of_run,) = self._row("SELECT coalesce(sum(bytes), 0) FROM sent WHERE run = ?", run)
             (of_round,) = self._row("SELECT coalesce(sum(bytes), 0) FROM sent WHERE run = ? AND round = ?", run, round)
             (rounds,) = self._row("SELECT count(*) FROM rounds WHERE run = ? AND round != ?", run, round)
+            (nearest,) = self._row(
+                "SELECT min(abs(round - ?)) FROM rounds WHERE run = ? AND round != ?", round, run, round
+            )
             (runs,) = self._row("SELECT count(*) FROM jobs WHERE joined AND run != ?", run)
             (of_signer,) = self._row(
                 "SELECT count(*) FROM jobs WHERE joined AND run != ? "
@@ -231,7 +234,8 @@ class SiteRecords:
             )
             approval = self._one("SELECT state FROM approvals WHERE run = ?", run)
             spends = self._spends("run = ? AND round != ?", run, round), self._spends("run != ?", run)
-        return Spent(of_round, of_run, total, rounds, runs, of_signer, *spends, approval[0] if approval else None)
+        said = approval[0] if approval else None
+        return Spent(of_round, of_run, total, rounds, runs, of_signer, nearest, *spends, said)
 
     def spend(
         self,
