@@ -15,7 +15,7 @@ from torch import Tensor
 
 from commonweight.codec.chain import Codec, spans
 from commonweight.codec.entropy import Huffman
-from commonweight.codec.feedback import Coder, draw_of
+from commonweight.codec.feedback import Coder, coder_of, draw_of
 from commonweight.codec.low_rank import LowRank, LowRankOptions
 from commonweight.codec.rounding import (
     NF4_LEVELS,
@@ -37,6 +37,7 @@ from commonweight.codec.sparse import KeepOptions, RandomK, TopK, drawn, from_ga
 from commonweight.codec.stage import BadPayload, Draw, Rounding, Shortening, Stage
 from commonweight.errors import RecipeError, SiteError
 from commonweight.model.tensors import Layout, NamedTensors
+from commonweight.recipe.schema import CompressionSpec
 
 DRAW = Draw(7, 3)
 ROUNDINGS: list[Rounding] = [
@@ -311,7 +312,7 @@ def total(tensors: NamedTensors) -> Tensor:
 )
 def test_what_was_sent_and_what_is_late_is_all_there_was(stages: list[Stage]) -> None:
     layout = layout_of(a=(8, 30), b=(30, 8), c=(7,))
-    coder, errors = Coder(Codec(stages), layout, 0), {"delta": NamedTensors.zeros(layout, wide=True)}
+    coder, errors = Coder([Codec(stages)], layout, 0), {"delta": NamedTensors.zeros(layout, wide=True)}
     wanted, sent = torch.zeros(487, dtype=torch.float64), torch.zeros(487, dtype=torch.float64)
     for round in (1, 2, 3, 7, 8):
         update = filled(layout, round)
@@ -324,7 +325,7 @@ def test_what_was_sent_and_what_is_late_is_all_there_was(stages: list[Stage]) ->
 
 def test_what_is_late_stays_bounded() -> None:
     layout = layout_of(a=(40, 25))
-    coder = Coder(Codec([TopK(KeepOptions(keep=0.1))]), layout, 0)
+    coder = Coder([Codec([TopK(KeepOptions(keep=0.1))])], layout, 0)
     errors = {"delta": NamedTensors.zeros(layout, wide=True)}
     norms = []
     for round in range(1, 120):
@@ -340,7 +341,7 @@ def test_what_is_late_stays_bounded() -> None:
 def test_payloads_give_what_the_site_believes_was_sent() -> None:
     layout = Layout.of({"a": torch.empty(9, 20), "b": torch.empty(30, dtype=torch.bfloat16)})
     codec = Codec([TopK(), Uniform(UniformOptions(bits=4)), Huffman()])
-    coder, update = Coder(codec, layout, 5), filled(layout, 1)
+    coder, update = Coder([codec], layout, 5), filled(layout, 1)
     read = NamedTensors.zeros(layout)
     for number, coded in enumerate(coder.encode({"delta": update}, {}, seed=4)):
         span = coded.span
@@ -354,4 +355,29 @@ def test_an_update_that_is_not_finite_is_named() -> None:
     update = filled(layout, 0)
     update["b"][0] = math.inf
     with pytest.raises(SiteError, match="NaN or infinity in 'b'"):
-        list(Coder(Codec([Int8()]), layout, 0).encode({"delta": update}, {}, seed=1))
+        list(Coder([Codec([Int8()])], layout, 0).encode({"delta": update}, {}, seed=1))
+
+
+# --- a budget
+
+
+@pytest.mark.parametrize("budget", [200, 700, 3000, 20_000])
+def test_a_budget_is_kept_and_no_codec_within_it_loses_less(budget: int) -> None:
+    layout = layout_of(a=(60, 70), b=(50,))
+    coder = coder_of(CompressionSpec(budget_mb=budget / 1e6), layout, 0)
+    assert coder is not None
+    update, seed = filled(layout, 3), coder.update_seed("north", 1)
+    before = total(update)
+    coded = list(coder.encode({"delta": update}, {}, seed))
+    assert sum(len(one.payload) for one in coded) <= budget
+    lost = float(((total(update) - before) ** 2).sum())
+    for codec in coder.codecs:
+        other, alone = filled(layout, 3), Coder([codec], layout, 0)
+        payloads = list(alone.encode({"delta": other}, {}, seed))
+        if sum(len(one.payload) for one in payloads) <= budget:
+            assert lost <= float(((total(other) - before) ** 2).sum()) * (1 + 1e-9)
+
+
+def test_a_budget_that_no_codec_keeps_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"budget_mb is 1e-05.*may take"):
+        coder_of(CompressionSpec(budget_mb=1e-5), layout_of(a=(60, 70)), 0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from commonweight.codec.chain import codec_of
-from commonweight.codec.coded import CODED, LENGTHS, PAYLOADS, SEED, Payloads, check_layout, packed
+from commonweight.codec.coded import CHOICES, CODED, LENGTHS, PAYLOADS, Payloads, check_layout, packed
 from commonweight.codec.feedback import Coder
 from commonweight.codec.stage import BadPayload
 from commonweight.model.tensors import NamedTensors
@@ -32,7 +32,7 @@ Change = Callable[[dict[str, torch.Tensor]], None]
 def coder() -> Coder:
     codec = codec_of(SPEC)
     assert codec is not None
-    return Coder(codec, theta().layout, 0)
+    return Coder([codec], theta().layout, 0)
 
 
 def small(change: Change = lambda tensors: None) -> tuple[NamedTensors, NamedTensors]:
@@ -66,7 +66,11 @@ def longer(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def bad_seed(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[SEED][0] = -1
+    tensors[CHOICES][0] = -1
+
+
+def bad_codec(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[CHOICES][1] = 1
 
 
 def more_spans(tensors: dict[str, torch.Tensor]) -> None:
@@ -77,8 +81,8 @@ def bomb(tensors: dict[str, torch.Tensor]) -> None:
     tensors[PAYLOADS] = torch.zeros(1 << 16, dtype=torch.uint8)
 
 
-def no_seed(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors[SEED]
+def no_choices(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[CHOICES]
 
 
 def wide(tensors: dict[str, torch.Tensor]) -> None:
@@ -89,10 +93,11 @@ REFUSED_CASES: list[tuple[str, Change, Refusal, str]] = [
     ("another payload", flip, Refusal.MALFORMED, ""),
     ("a negative length", negative, Refusal.MALFORMED, "lengths"),
     ("a length too long", longer, Refusal.MALFORMED, "lengths"),
-    ("no seed that there is", bad_seed, Refusal.MALFORMED, "lengths"),
-    ("more spans", more_spans, Refusal.WRONG_SHAPE, "expected lengths, payloads and a seed"),
-    ("more bytes than can be", bomb, Refusal.WRONG_SHAPE, "this codec writes"),
-    ("a part missing", no_seed, Refusal.WRONG_SHAPE, "expected lengths"),
+    ("no seed that there is", bad_seed, Refusal.MALFORMED, "with a seed"),
+    ("no codec that there is", bad_codec, Refusal.MALFORMED, "by a codec"),
+    ("more spans", more_spans, Refusal.WRONG_SHAPE, "expected lengths, payloads, choices"),
+    ("more bytes than can be", bomb, Refusal.WRONG_SHAPE, "its codec writes"),
+    ("a part missing", no_choices, Refusal.WRONG_SHAPE, "expected lengths"),
     ("another dtype", wide, Refusal.WRONG_SHAPE, "expected lengths"),
 ]
 
@@ -161,8 +166,8 @@ def test_an_update_of_the_other_kind_is_refused(
 
 def payloads(tensors: NamedTensors) -> Payloads:
     body = tensors[PAYLOADS].numpy().tobytes()
-    lengths, seed = tensors[LENGTHS].tolist(), int(tensors[SEED])
-    return Payloads(coder(), ("delta",), lengths, seed, len(body), lambda start, stop: body[start:stop])
+    lengths, choices = tensors[LENGTHS].tolist(), tensors[CHOICES].tolist()
+    return Payloads(coder(), ("delta",), lengths, choices, len(body), lambda start, stop: body[start:stop])
 
 
 def test_any_stretch_can_be_read() -> None:
@@ -174,7 +179,7 @@ def test_any_stretch_can_be_read() -> None:
     payloads(sent).check()
 
 
-@pytest.mark.parametrize("change", [negative, longer, bad_seed, more_spans])
+@pytest.mark.parametrize("change", [negative, longer, more_spans])
 def test_lengths_that_cannot_be(change: Change) -> None:
     with pytest.raises(BadPayload, match="lengths"):
         payloads(small(change)[0])

@@ -35,8 +35,9 @@ def test_a_run_counts_the_bytes_of_its_payloads(make_recipe: MakeRecipe, tmp_pat
     plain = run(make_recipe(), tmp_path / "plain")
     int8 = run(make_recipe(compression={"round": {"name": "int8", "block": 64}}), tmp_path / "int8")
     assert int8["bytes"]["down"] == plain["bytes"]["down"]
-    # a byte a number, and two bytes for each 64
-    assert int8["bytes"]["up"] == pytest.approx(plain["bytes"]["up"] / 4 * (1 + 2 / 64), rel=0.01)
+    # six updates, each of a span: a byte a number, two for each 64, four for the span's length, sixteen for the choices
+    numbers = plain["bytes"]["up"] / 4 / 6
+    assert int8["bytes"]["up"] == 6 * (numbers + 2 * -(-numbers // 64) + 4 + 16)
     small = run(make_recipe(compression=TOP_K), tmp_path / "small")
     assert small["bytes"]["up"] < plain["bytes"]["up"] / 20
     assert small["arms"]["federated"]["macro_loss"] == pytest.approx(plain["arms"]["federated"]["macro_loss"], rel=0.1)
@@ -114,6 +115,19 @@ def test_what_cannot_be_is_refused(make_recipe: MakeRecipe, sections: dict[str, 
 def test_what_needs_whole_updates_is_refused(make_recipe: MakeRecipe, sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_recipe(compression="auto", **sections)
+
+
+def test_a_budget_bounds_what_each_site_sends(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run(make_recipe(compression={"budget_mb": 0.001}), tmp_path / "run")
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    sent = [event["bytes_up"] for event in events if event["event"] == "update_accepted"]
+    assert len(sent) == 6
+    assert all(500 < size <= 1000 + 100 for size in sent)  # beside the payloads, their lengths
+
+
+def test_stages_and_a_budget_are_refused(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(ValueError, match="`budget_mb` chooses the stages by itself; remove it, or `round`"):
+        make_recipe(compression={"budget_mb": 1.0, "round": "int8"})
 
 
 def test_a_class_of_ones_own_must_be_a_stage(make_recipe: MakeRecipe) -> None:

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,15 +167,47 @@ class Codec:
 
 
 def codec_of(spec: CompressionSpec) -> Codec | None:
-    """The codec of a recipe's uplink; None: it has none.
+    """The codec of a recipe's own stages; None: it names none.
 
     Raises:
         RecipeError: a stage's options are wrong, or a class of somebody's own is no such stage.
     """
-    if not spec.active:
+    if all(getattr(spec, field).name == NO_STAGE for field in STAGES):
         return None
     stages = [_stage(kind, field, getattr(spec, field)) for field, kind in STAGES.items()]
     return Codec([stage for stage in stages if stage is not None], unbiased=not spec.error_feedback)
+
+
+#: what `compression.budget_mb` chooses from
+LADDER: tuple[dict[str, Any], ...] = (
+    {"round": "bf16"},
+    {"round": "int8"},
+    {"round": {"name": "uniform", "bits": 6, "rounding": "nearest"}, "pack": "huffman"},
+    {"round": {"name": "uniform", "bits": 4, "rounding": "nearest"}, "pack": "huffman"},
+    {"round": {"name": "uniform", "bits": 3, "rounding": "nearest"}, "pack": "huffman"},
+    {"round": {"name": "uniform", "bits": 2, "rounding": "nearest"}, "pack": "huffman"},
+    {"round": "sign"},
+    *(
+        {"shorten": {"name": "top-k", "keep": keep}, "round": rounding, "pack": "huffman"}
+        for keep in (0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+        for rounding in ("sign", {"name": "uniform", "bits": 4, "rounding": "nearest"})
+    ),
+)
+
+
+def codecs_of(spec: CompressionSpec) -> list[Codec]:
+    """The codecs by one of which each update is coded: that of the recipe's stages, or those among which its budget
+    chooses; [] if it has neither.
+
+    Raises:
+        RecipeError: as `codec_of`.
+    """
+    if spec.budget_mb is None:
+        codec = codec_of(spec)
+        return [] if codec is None else [codec]
+    feedback = {"error_feedback": spec.error_feedback}
+    found = (codec_of(CompressionSpec.model_validate({**rung, **feedback})) for rung in LADDER)
+    return [codec for codec in found if codec is not None]
 
 
 def _stage(kind: str, field: str, method: Method) -> Stage | None:

@@ -1,8 +1,8 @@
-"""A coded update as tensors that can be sent: its payloads end to end, how long each is, and the seed of its choices.
+"""A coded update as tensors that can be sent: its payloads end to end, how long each is, and how it was coded.
 
     lengths    int32 [channels · spans], in the order of the channels and of a layout's spans
     payloads   uint8 [their sum]
-    seed       int64 [1]
+    choices    int64 [2]: the seed of its random choices, and which of the coder's codecs
 
 Whoever reads an update decodes the spans that it wants, from any place, and holds one at a time.
 """
@@ -22,9 +22,9 @@ from .stage import BadPayload
 
 #: the channel in which they travel
 CODED = "coded"
-LENGTHS, PAYLOADS, SEED = "lengths", "payloads", "seed"
+LENGTHS, PAYLOADS, CHOICES = "lengths", "payloads", "choices"
 #: what goes with each payload, and once with all
-LENGTH_BYTES, SEED_BYTES = 4, 8
+LENGTH_BYTES, CHOICES_BYTES = 4, 16
 _SEEDS = 2**63
 
 #: reads bytes start … stop of the payloads
@@ -42,7 +42,7 @@ def packed(coded: Sequence[Coded], seed: int) -> NamedTensors:
             PAYLOADS: torch.frombuffer(bytearray(body), dtype=torch.uint8)
             if body
             else torch.empty(0, dtype=torch.uint8),
-            SEED: torch.tensor([seed], dtype=torch.int64),
+            CHOICES: torch.tensor([seed, coded[0].codec if coded else 0], dtype=torch.int64),
         }
     )
 
@@ -53,14 +53,14 @@ def check_layout(layout: Layout, coder: Coder, channels: Sequence[str]) -> None:
     Raises:
         BadPayload: other tensors than `packed` makes, or more bytes than the codec could write.
     """
-    most = len(channels) * sum(coder.codec.most(span.matrices) for span in coder.spans)
-    expected = {LENGTHS: (torch.int32, len(channels) * len(coder.spans)), SEED: (torch.int64, 1)}
+    most = len(channels) * max(coder.most(place) for place in range(len(coder.codecs)))
+    expected = {LENGTHS: (torch.int32, len(channels) * len(coder.spans)), CHOICES: (torch.int64, 2)}
     found = {entry.name: (entry.dtype, entry.numel) for entry in layout.entries if len(entry.shape) == 1}
     payloads = found.pop(PAYLOADS, None)
     if len(layout.entries) != 3 or found != expected or payloads is None or payloads[0] != torch.uint8:
-        raise BadPayload(f"a coded update has {_told(layout.entries)}; expected lengths, payloads and a seed")
+        raise BadPayload(f"a coded update has {_told(layout.entries)}; expected lengths, payloads, choices")
     if payloads[1] > most:
-        raise BadPayload(f"payloads of {payloads[1]} bytes; this codec writes {most} at most")
+        raise BadPayload(f"payloads of {payloads[1]} bytes; its codec writes {most} at most")
 
 
 class Payloads:
@@ -68,22 +68,33 @@ class Payloads:
 
     Args:
         channels: that it has, in order.
-        lengths: as they came.
+        lengths, choices: as they came.
         num_bytes: of all payloads.
 
     Raises:
-        BadPayload: the lengths are not those of `num_bytes` bytes, or one is longer than the codec writes.
+        BadPayload: the lengths are not those of `num_bytes` bytes, one is longer than the codec writes, or the choices
+            are none.
     """
 
     def __init__(
-        self, coder: Coder, channels: Sequence[str], lengths: Sequence[int], seed: int, num_bytes: int, fetch: Fetch
+        self,
+        coder: Coder,
+        channels: Sequence[str],
+        lengths: Sequence[int],
+        choices: Sequence[int],
+        num_bytes: int,
+        fetch: Fetch,
     ) -> None:
-        self._coder, self._channels, self._seed, self._fetch = coder, tuple(channels), seed, fetch
-        self._most = [coder.codec.most(span.matrices) for span in coder.spans] * len(channels)
+        self._coder, self._channels, self._fetch = coder, tuple(channels), fetch
+        self._seed, codec = choices
+        if not 0 <= self._seed < _SEEDS or not 0 <= codec < len(coder.codecs):
+            raise BadPayload("a coded update with a seed, or by a codec, that there is not")
+        self._codec = coder.codecs[codec]
+        self._most = [self._codec.most(span.matrices) for span in coder.spans] * len(channels)
         fits = len(lengths) == len(self._most) and all(
             0 <= length <= most for length, most in zip(lengths, self._most, strict=True)
         )
-        if not fits or sum(lengths) != num_bytes or not 0 <= seed < _SEEDS:
+        if not fits or sum(lengths) != num_bytes:
             raise BadPayload("the lengths of a coded update's payloads do not fit what it holds")
         self._starts = [0, *accumulate(lengths)]
 
@@ -96,7 +107,7 @@ class Payloads:
         span = self._coder.spans[number]
         place = self._channels.index(channel) * len(self._coder.spans) + number
         payload = self._fetch(self._starts[place], self._starts[place + 1])
-        values = self._coder.codec.decode(payload, span.matrices, draw_of(self._seed, channel, number)).to(span.dtype)
+        values = self._codec.decode(payload, span.matrices, draw_of(self._seed, channel, number)).to(span.dtype)
         if not bool(values.isfinite().all()):
             raise BadPayload(f"numbers that {span.dtype} cannot hold")
         return values

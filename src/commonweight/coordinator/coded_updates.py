@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..codec.coded import CODED, LENGTHS, PAYLOADS, SEED, Decode, Payloads
+from ..codec.coded import CHOICES, CODED, LENGTHS, PAYLOADS, Decode, Payloads
 from ..codec.feedback import Coder
 from ..codec.stage import BadPayload
 from ..errors import StateError
@@ -27,10 +27,10 @@ class CodedFile:
     def __init__(self, sealed: SealedFile, frame: Frame, coder: Coder, channels: tuple[str, ...], what: str) -> None:
         self._sealed, self._frame, self._what = sealed, frame, what
         lengths = self._read(LENGTHS, torch.int32).tolist()
-        (seed,) = self._read(SEED, torch.int64).tolist()
+        choices = self._read(CHOICES, torch.int64).tolist()
         entry = frame.plan.layout.by_name[PAYLOADS]
         self._first = entry.offset
-        self.payloads = Payloads(coder, channels, lengths, seed, entry.numel, self._fetch)
+        self.payloads = Payloads(coder, channels, lengths, choices, entry.numel, self._fetch)
 
     def _read(self, name: str, dtype: torch.dtype) -> Tensor:
         entry = self._frame.plan.layout.by_name[name]

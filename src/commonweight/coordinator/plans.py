@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..codec.chain import codec_of
-from ..codec.feedback import Coder
+from ..codec.feedback import Coder, coder_of
 from ..errors import RecipeError, StateError
 from ..federation.asynchronous import check_asynchronous
 from ..model.shapes import Shape, shapes_of
@@ -80,12 +79,12 @@ class RunPlan:
 
         Raises:
             Refused: they are not one channel `theta`.
-            RecipeError: a site's part cannot be cut from them.
+            RecipeError: a site's part cannot be cut from them, or updates cannot be made as small as it wants.
         """
         channels = self.initial.plan.channels
         if channels != (Channel("theta"),):
             raise Refused(Refusal.WRONG_SHAPE, f"a job's initial tensors are one channel theta, not {len(channels)}")
-        _ = self.shapes
+        _ = self.shapes, self.coder
 
     @property
     def layout(self) -> Layout:
@@ -108,8 +107,7 @@ class RunPlan:
     @cached_property
     def coder(self) -> Coder | None:
         """What updates are made small by; None: nothing."""
-        codec = codec_of(self.recipe.compression)
-        return None if codec is None else Coder(codec, self.layout, self.recipe.seed)
+        return coder_of(self.recipe.compression, self.layout, self.recipe.seed, len(self.update_channels))
 
     def update_layout(self, site: str) -> Layout:
         """Of the tensors that a site sends."""

@@ -9,8 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
-from ..codec.chain import codec_of
-from ..codec.feedback import Coder
+from ..codec.feedback import Coder, coder_of
 from ..data.canaries import Canaries, plant
 from ..data.names import require_sites
 from ..data.sites import Site, keep_aside, load_sites
@@ -176,7 +175,7 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
             hint="use packing: false with this architecture",
         )
     objective = _objective(recipe.training.objective)
-    codec = codec_of(recipe.compression)
+    channels = len(asked_by_strategy(recipe, "update_channels", ("delta",)))
     return Bench(
         recipe,
         base,
@@ -192,7 +191,7 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
         MovedBase(model) if asked_by_strategy(recipe, "moves_base", False) else None,
         on_cpu(trainables.personal),
         canaries,
-        Coder(codec, trainables.shared.layout, recipe.seed) if codec is not None else None,
+        coder_of(recipe.compression, trainables.shared.layout, recipe.seed, channels),
     )
 
 

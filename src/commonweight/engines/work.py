@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codec.coded import LENGTH_BYTES, SEED_BYTES
+from ..codec.coded import CHOICES_BYTES, LENGTH_BYTES
 from ..codec.feedback import Coded
 from ..errors import SiteError
 from ..evaluate.scoring import answer, score_site, score_tokens
@@ -177,7 +177,7 @@ class TaskWork:
             num_bytes += LENGTH_BYTES + len(coded.payload)
             sent(coded)
         new_state.update({_LATE + channel: tensors for channel, tensors in late.items()})
-        return SEED_BYTES + num_bytes
+        return CHOICES_BYTES + num_bytes
 
     def _own(self, work: LocalWork, start: NamedTensors) -> NamedTensors:
         """The site's own model after a turn of its own; at first it is the global one."""

@@ -720,14 +720,28 @@ class CompressionSpec(Section):
         "right in the mean instead.",
     )
 
+    budget_mb: float | None = Field(
+        None,
+        gt=0,
+        description="In place of stages: MB that a site may send in a round. Each update is coded by whichever of some "
+        "twenty codecs stays within that and loses least of it.",
+    )
+
+    @model_validator(mode="after")
+    def _stages_or_a_budget(self) -> Self:
+        stage = next((stage for stage in STAGES if getattr(self, stage).name != NO_STAGE), None)
+        if stage and self.budget_mb is not None:
+            raise ValueError(f"`budget_mb` chooses the stages by itself; remove it, or `{stage}`")
+        return self
+
     @property
     def active(self) -> bool:
-        return any(getattr(self, stage).name != NO_STAGE for stage in STAGES)
+        return self.budget_mb is not None or any(getattr(self, stage).name != NO_STAGE for stage in STAGES)
 
     @property
     def loses(self) -> bool:
         """Whether what arrives may differ from what was sent; packing alone loses nothing."""
-        return any(stage.name != NO_STAGE for stage in (self.shorten, self.round))
+        return self.budget_mb is not None or any(stage.name != NO_STAGE for stage in (self.shorten, self.round))
 
     @property
     def keeps_errors(self) -> bool:
