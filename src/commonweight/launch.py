@@ -16,6 +16,7 @@ from .data.canaries import FILE as CANARIES
 from .data.names import require_sites
 from .engines.bench import Bench, build_bench
 from .engines.inprocess import InProcessEngine, available_cores
+from .engines.noise_secret import NoiseSecret
 from .errors import StateError
 from .evaluate.report import write_report
 from .federation.asynchronous import AsynchronousRun, check_asynchronous, with_equal_budget
@@ -121,7 +122,12 @@ def _run(
         events.emit("loaded", sites=list(sites.names)[:100], num_sites=len(sites.names), layout=layout, seconds=seconds)
         if parts:
             events.emit("parts", sites=parts)
+        if recipe.privacy.dp == "example":
+            bench.secret = NoiseSecret(folder.path)
+            bench.secret.make()
         trained = _train(bench, sites, clock, folder, journal, events, charges)
+        if bench.secret is not None:
+            bench.secret.delete()
         events.emit("run_finished", seconds=time.perf_counter() - began)
         events.flush()
         facts = {

@@ -22,6 +22,7 @@ from commonweight.recipe import Recipe
 from commonweight.recipe.resolved import recipe_text
 from commonweight.sandbox import Sandbox, partitioned, site_names
 from commonweight.site.policy import load_policy
+from commonweight.site.records import SiteRecords
 from tests.conftest import SITES
 from tests.unit.command_line import call
 
@@ -81,6 +82,7 @@ def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp
             assert fetched == here, name
             if name in ("fedsa-lora", "ditto", "interpolation"):
                 sites_keep_their_own(federation, name, tmp_path)
+        private_examples(federation, make_recipe, tmp_path)
         no_rounds(federation, make_recipe(name="fedbuff", federation=FEDBUFF, evaluation=EVALUATION), tmp_path)
         policy = load_policy(tmp_path / "federation" / "sites" / "north")
         assert policy.models == [expected["model"]["digest"]]
@@ -95,6 +97,25 @@ def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp
         assert "task.done" in error.value.hint, "the end of its log"
         processes = [part.process.pid for part in (*federation._sites, *federation._coordinator)]
     assert not any(psutil.pid_exists(pid) for pid in processes)
+
+
+def private_examples(federation: Sandbox, make_recipe: MakeRecipe, folder: Path) -> None:
+    """Each site makes its steps private, tells no loss on its rows, and pays for what it sends."""
+    privacy = {"dp": "example", "clip": 0.5, "delta": 1e-3, "noise_multiplier": 8.0}
+    found = federation.carry_out(
+        make_recipe(name="private", privacy=privacy, evaluation=EVALUATION), folder / "private", lambda *_: None
+    )
+    assert {site: told["count"] for site, told in found["privacy"]["sites"].items()} == {
+        "north": 10,
+        "south": 8,
+        "west": 4,
+    }
+    assert {one["train_loss"] for one in found["rounds"]} == {None}
+    for site, (examples, steps) in {"north": (20, 5), "south": (14, 4), "west": (8, 2)}.items():
+        at_site = folder / "federation" / "sites" / site
+        (spends,) = [spend for _, spend in SiteRecords(at_site / "state.sqlite").spends() if spend.unit == "example"]
+        assert (spends.sampling, spends.count) == (4 / examples, 2 * steps)
+        assert not list(at_site.glob("runs/*/noise.key"))
 
 
 def no_rounds(federation: Sandbox, recipe: Recipe, folder: Path) -> None:

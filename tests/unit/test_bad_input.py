@@ -171,9 +171,9 @@ CASES = [
     Case("bad name", "validate recipe.yaml --set name=a/b", 2, ("`name`", '"a/b"')),
     Case(
         "privacy of a kind that there is not",
-        "validate recipe.yaml --set privacy.dp=example",
+        "validate recipe.yaml --set privacy.dp=patient",
         2,
-        ("`privacy.dp`", '"example"', "`site`"),
+        ("`privacy.dp`", '"patient"', "`site`"),
     ),
     Case(
         "compression section",

@@ -32,6 +32,10 @@ def private(values: dict[str, Any]) -> None:
     values["federation"]["weighting"] = "uniform"
 
 
+def private_examples(values: dict[str, Any]) -> None:
+    values["privacy"] = {"dp": "example", "clip": 1.0, "delta": 1e-5, "noise_multiplier": 1.0}
+
+
 #: a recipe for each column that asks for that feature and no other: (values, over a network); then what the refusal
 #: names instead, and how a recipe does that
 ASKED: dict[str, tuple[Change, bool, str, Change]] = {
@@ -57,6 +61,7 @@ ASKED: dict[str, tuple[Change, bool, str, Change]] = {
         use("fedavg"),
     ),
     "differential privacy of sites": (private, False, "fedavg", use("fedavg")),
+    "differential privacy of examples": (private_examples, False, "fedavg", use("fedavg")),
     "personal parts": (
         lambda values: values["federation"].update(personal=["layers.1"]),
         False,

@@ -535,7 +535,9 @@ def test_the_summary_owns_up_to_what_went_wrong() -> None:
     assert any("perplexity rises from 2.72" in one for one in sentences)
     missing = "Of five answers asked of the sites, one failed and one came too late; those rounds went on without them."
     assert missing in sentences
-    assert sentences[-1] == "Differential privacy: central, ε = 3.25, δ = 1e−05."
+    assert sentences[-1] == (
+        "Differential privacy: central, ε = 3.25, δ = 1e−05. The local control trained without it."
+    )
     assert not any("simulation" in one for one in sentences)
 
 

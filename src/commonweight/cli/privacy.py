@@ -18,6 +18,7 @@ from .terminal import JsonOption, SetOption, begin, print_json, say, table
 if TYPE_CHECKING:
     from ..federation.ledger import Line
     from ..privacy.spending import Budget
+    from ..recipe.schema import Recipe
 
 #: what neither noise nor clipping covers, said wherever ε is said
 NOT_COVERED = (
@@ -25,6 +26,11 @@ NOT_COVERED = (
     "beside their updates (whether they answered, numbers of examples and steps, training losses, scores on held-out "
     "rows); control arms."
 )
+NOT_COVERED_OF_EXAMPLES = (
+    "Not covered by ε: how many rows and tokens a site says that it has; the held-out rows, whose scores it sends; "
+    "control arms, which train without noise."
+)
+_SITES_SHOWN = 20
 _PLAN_KEYS = (
     "dp",
     "rounds",
@@ -44,7 +50,20 @@ _PLAN_KEYS = (
 _MANY = 10**6
 
 
-def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = False) -> None:
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            "--examples",
+            min=1,
+            help="Privacy of examples: plan for a site with so many training examples, whatever the recipe's data are.",
+            metavar="N",
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
     """Say what a recipe's privacy will cost, before it runs."""
     begin(json)
     from ..federation.private_rounds import UNIT, band_of, participations, planned_noise, sampling
@@ -63,9 +82,17 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = Fals
         if json:
             print_json(dict.fromkeys(_PLAN_KEYS) | {"dp": "none", "rounds": rounds} | sums)
         else:
-            say(f"{recipe}: differential privacy is off: ε = ∞. Set privacy.dp: site to bound it.")
+            say(f"{recipe}: differential privacy is off: ε = ∞. Set privacy.dp to example or site to bound it.")
             say(f"  secure sums           {told} (over a network)")
         return
+    if spec.dp == "example":
+        _plan_examples(str(recipe), loaded, examples, json)
+        return
+    if examples is not None:
+        raise RecipeError(
+            f"--examples says how large a site is, which does not count with privacy.dp {spec.dp}",
+            hint="leave it out, or set privacy.dp: example",
+        )
     assert spec.delta is not None
     z = planned_noise(loaded)
     times = participations(loaded)
@@ -98,9 +125,98 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = Fals
         say(f"  a site takes part     {times} times at most")
         say(f"  correlated noise      over {band} rounds: {share:.0%} of what independent noise leaves in the models")
     say(f"  secure sums           {told} (over a network)")
-    shown = sorted({1, *range(max(1, rounds // 8), rounds + 1, max(1, rounds // 8)), rounds})
-    table(("after round", "ε"), [(str(k), _text(each[k - 1])) for k in shown], right=(0, 1))
+    table(("after round", "ε"), [(str(k), _text(each[k - 1])) for k in _some(rounds)], right=(0, 1))
     say(NOT_COVERED)
+
+
+def _plan_examples(name: str, recipe: Recipe, examples: int | None, json: bool) -> None:
+    """The same of each site's examples; sites differ in what their size lets them claim."""
+    from ..federation.private_rounds import planned_round
+    from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp, epsilons
+    from ..privacy.example_level import SAMPLING
+    from ..privacy.spending import ADJACENCY
+    from ..train.batches import num_steps
+
+    spec, rounds = recipe.privacy, recipe.federation.rounds
+    assert spec.delta is not None
+    assert spec.clip is not None
+    sizes = _sizes(recipe) if examples is None else {f"a site of {examples} examples": examples}
+    planned: dict[str, Releases] = {}
+    for site, size in sizes.items():
+        steps = recipe.training.steps_within_budget(site, num_steps(recipe.training, size))
+        planned[site] = planned_round(recipe, examples=size, steps=steps)
+    whole = {s: Releases(one.noise_multiplier, one.count * rounds, one.sampling) for s, one in planned.items()}
+    costs = {one: epsilon(one, spec.delta) for one in set(whole.values())}
+    worst = max(whole, key=lambda site: costs[whole[site]])
+    each, rdp = epsilons(planned[worst], rounds, spec.delta), epsilon_by_rdp(whole[worst], spec.delta)
+    if json:
+        known = (spec.dp, rounds, spec.dp, ADJACENCY[spec.dp], SAMPLING, spec.clip)
+        values = (
+            *known,
+            planned[worst].noise_multiplier,
+            spec.delta,
+            _finite(each[-1]),
+            _finite(rdp),
+            [_finite(value) for value in each],
+        )
+        sites = {
+            site: {
+                "examples": sizes[site],
+                "sampling": one.sampling,
+                "steps": one.count,
+                "noise_multiplier": one.noise_multiplier,
+                "epsilon": _finite(costs[whole[site]]),
+            }
+            for site, one in planned.items()
+        }
+        print_json({**dict(zip(_PLAN_KEYS, values, strict=True)), "sites": sites})
+        return
+    say(f"{name}: differential privacy of each example")
+    say(f"  clipping norm C       {spec.clip:g}, of each example's gradient")
+    say(f"  releases              every optimizer step, in each of {rounds} rounds")
+    say(f"  δ                     {spec.delta:g}")
+    say(f"  neighbouring data     {ADJACENCY[spec.dp]}")
+    say(f"  sampling              {SAMPLING}")
+    say("")
+    rows = [
+        (
+            site,
+            str(sizes[site]),
+            f"{one.sampling:.4g}",
+            str(one.count),
+            f"{one.noise_multiplier:g}",
+            f"{one.noise_multiplier * spec.clip:.4g}",
+            _text(costs[whole[site]]),
+        )
+        for site, one in planned.items()
+    ]
+    columns = ("site", "examples", "sampling", "steps a round", "z", "σ of a sum", "ε of all rounds")
+    table(columns, rows[:_SITES_SHOWN], right=(1, 2, 3, 4, 5, 6))
+    if len(rows) > _SITES_SHOWN:
+        say(f"and {len(rows) - _SITES_SHOWN} more (--json lists all)")
+    say("")
+    say(f"{worst}, which pays most: ε = {_text(each[-1])} (by Rényi divergences {_text(rdp)})")
+    table(("after round", "ε"), [(str(k), _text(each[k - 1])) for k in _some(rounds)], right=(0, 1))
+    say(NOT_COVERED_OF_EXAMPLES)
+
+
+def _sizes(recipe: Recipe) -> dict[str, int]:
+    """Training examples by site, from the recipe's data."""
+    from ..data.canaries import plant
+    from ..data.sites import load_sites
+    from ..model.base import load_tokenizer
+
+    tokenizer = load_tokenizer(recipe.model)
+    sites, _ = load_sites(recipe.data, seed=recipe.seed, tokenizer=tokenizer, max_tokens=recipe.training.max_tokens)
+    if recipe.privacy.canaries.count:
+        sites, _ = plant(sites, recipe.privacy.canaries, seed=recipe.seed, tokenizer=tokenizer)
+    return {site.name: len(site.train) for site in sites}
+
+
+def _some(rounds: int) -> list[int]:
+    """Rounds after which ε is shown."""
+    every = max(1, rounds // 8)
+    return sorted({1, *range(every, rounds + 1, every), rounds})
 
 
 def ledger(

@@ -203,4 +203,5 @@ def _sites(names: tuple[str, ...], joined: Mapping[str, Mapping[str, Any]], plan
         {site: list(joined[site]["groups"]) for site in names},
         # every site fetches the whole, which it evaluates too
         bytes_up={site: shape.layout.num_bytes for site, shape in plan.shapes.items()},
+        examples={site: joined[site]["data"].get("train_examples", 0) for site in names},
     )

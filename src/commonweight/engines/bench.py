@@ -15,6 +15,7 @@ from ..data.names import require_sites
 from ..data.sites import Site, keep_aside, load_sites
 from ..errors import RecipeError
 from ..federation.folder import storage_errors
+from ..federation.private_rounds import planned_round
 from ..federation.tally import Sites
 from ..model.adapters import adapter_off, attach_adapter, freeze, refuse_embeddings, save_adapter
 from ..model.base import Base, choose_device, load_base, weights_digest
@@ -22,6 +23,7 @@ from ..model.moved_base import MovedBase
 from ..model.shapes import Shape, shapes_of
 from ..model.tensors import Layout, NamedTensors, on_cpu
 from ..model.trainables import Trainables
+from ..privacy.accounting import Releases
 from ..recipe.compatibility import personal_parts
 from ..recipe.problems import validate
 from ..recipe.schema import PROMPT_KINDS, DataSpec, Method, Recipe
@@ -30,8 +32,10 @@ from ..registry import resolve
 from ..seeding import derive_seed
 from ..strategies.base import Strategy
 from ..train import batches
-from ..train.local import Objective, Participant
+from ..train.local import GradientObjective, Objective, Participant
 from ..train.loss import LanguageModel, autocast_dtype
+from ..train.per_example import check_examples
+from .noise_secret import NoiseSecret
 
 T = TypeVar("T")
 NOTHING: Mapping[str, NamedTensors] = MappingProxyType({})
@@ -51,6 +55,8 @@ class Bench:
         personal: the initial values of what sites train but keep to themselves, which are not in `theta` either.
         canaries: made-up rows, of which those planted are among the sites' training rows.
         coder: makes updates small, if the recipe asks for that.
+        planned: with privacy of examples, what a round releases of each site's.
+        secret: what their noise is made of; whoever lets tasks be carried out says where it lies.
     """
 
     recipe: Recipe
@@ -68,6 +74,8 @@ class Bench:
     personal: NamedTensors = field(default_factory=lambda: NamedTensors.of({}))
     canaries: Canaries | None = None
     coder: Coder | None = None
+    planned: Mapping[str, Releases] = field(default_factory=dict)
+    secret: NoiseSecret | None = None
 
     @property
     def must_match_too(self) -> dict[str, str]:
@@ -88,7 +96,8 @@ class Bench:
         steps = {name: spec.steps_within_budget(name, batches.num_steps(spec, rows[name])) for name in names}
         groups = {name: site.groups for name, site in self.sites.items()}
         parts = {name: shape.layout.num_bytes for name, shape in self.shapes.items()}
-        return Sites(names, steps, groups, bytes_up=parts, bytes_down=parts)
+        examples = {name: len(site.train) for name, site in self.sites.items()}
+        return Sites(names, steps, groups, bytes_up=parts, bytes_down=parts, examples=examples)
 
     def save(self, theta: NamedTensors, folder: Path, *, tokenizer: bool = False) -> None:
         """Write global tensors into a folder as an adapter that peft opens, with the tokenizer if asked for. What stays
@@ -176,7 +185,10 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
         )
     objective = _objective(recipe.training.objective)
     channels = len(asked_by_strategy(recipe, "update_channels", ("delta",)))
-    return Bench(
+    private = recipe.privacy.dp == "example"
+    if private:
+        _check_private(objective, language_model, trainables)
+    bench = Bench(
         recipe,
         base,
         model,
@@ -193,6 +205,22 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
         canaries,
         coder_of(recipe.compression, trainables.shared.layout, recipe.seed, channels),
     )
+    if private:
+        facts = bench.facts
+        bench.planned = {
+            name: planned_round(recipe, examples=facts.examples[name], steps=facts.steps[name]) for name in facts.names
+        }
+    return bench
+
+
+def _check_private(objective: Objective, language_model: LanguageModel, trainables: Trainables) -> None:
+    """Raises RecipeError: with this objective, model or adapter examples have no gradients of their own."""
+    if not (isinstance(objective, GradientObjective) and objective.of_examples):
+        raise RecipeError(
+            f"privacy.dp example: the objective {objective.name!r} does not say that its loss is a sum over examples",
+            hint="use training.objective sft, or say so in its class (`of_examples`) if it is true",
+        )
+    check_examples(language_model, trainables, objective.backward)
 
 
 def trained_on(recipe: Recipe, sites: list[Site]) -> list[Site]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -21,10 +22,11 @@ from ..model.clusters import channel_of
 from ..model.shapes import worn
 from ..model.tensors import NamedTensors, first_non_finite, on_cpu
 from ..privacy.adaptive_clip import UNDER_CLIP
+from ..privacy.example_level import NoisySteps
 from ..privacy.site_level import clip_
 from ..seeding import derive_seed
 from ..train.checkpoint import Checkpoint
-from ..train.corrections import Own, correction
+from ..train.corrections import Correction, Own, correction
 from ..train.local import LocalWork, never, untold
 from ..train.start import FROM_THETA, candidates, least, rows_to_ask
 from .bench import NOTHING, Bench
@@ -34,6 +36,7 @@ from .chain import Chain
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 
 Progress = Callable[[dict[str, Any]], None]
+_NO_NOISE = "with privacy.dp example only noisy steps may be told; use a strategy that goes with it, such as fedavg"
 
 #: of a channel, in a site's private state: what its updates have not sent yet
 _LATE = "slot/late-"
@@ -105,6 +108,7 @@ class TaskWork:
         whole = broadcast[channel_of(cluster)]
         theta = whole if shape is None else shape.start(whole)
         change = correction(task.correction, theta, broadcast, state, round=task.round)
+        private = self._private(task, theta, broadcast, state, change)
         self.bench.take_up(theta, state)
         work = LocalWork(
             site.train,
@@ -117,10 +121,11 @@ class TaskWork:
             checkpoint=checkpoint,
             interrupted=self.interrupted,
             progress=on_step,
+            privacy=private,
         )
         with worn(self.bench.model, shape):
             result = self.bench.objective.work(self.bench.participant, work)
-        if not math.isfinite(result.loss):
+        if private is None and not math.isfinite(result.loss):
             raise SiteError(f"the objective reported a training loss of {result.loss}", hint="lower training.lr")
         self._difference(theta, delta)
         moved = shape.beyond(delta) if shape is not None else None
@@ -130,7 +135,8 @@ class TaskWork:
                 hint="only objectives that follow the gradient can train a part of an adapter; leave the site out of "
                 "model.adapter.sites and model.adapter.budget",
             )
-        bound = self.bench.recipe.privacy.clip if task.clip is None else task.clip
+        spec = self.bench.recipe.privacy
+        bound = task.clip if task.clip is not None else spec.clip if spec.dp == "site" else None
         norm = 0.0 if bound is None else clip_(delta, bound)
         further, new_state = change.finish(delta, lr=task.lr, steps=result.num_steps)
         if self.trainables.personal:
@@ -141,14 +147,19 @@ class TaskWork:
             new_state["own"] = self._own(own, state.get("own", theta))
         num_bytes = self._code(task, {"delta": delta, **further}, state, new_state, sent)
         # plain numbers: an objective of one's own may count in NumPy's or torch's
-        metrics = {"loss": float(result.loss), "seconds": time.perf_counter() - began}
+        metrics = {"seconds": time.perf_counter() - began}
         if task.clip is not None:
             metrics[UNDER_CLIP] = float(norm <= task.clip)
-        if result.first_loss is not None:
-            metrics["first_loss"] = float(result.first_loss)
+        num_examples, num_label_tokens = int(result.num_examples), int(result.num_label_tokens)
+        if private is None:
+            metrics["loss"] = float(result.loss)
+            if result.first_loss is not None:
+                metrics["first_loss"] = float(result.first_loss)
+        else:  # what was drawn, and the losses on it, would tell more than the noisy steps do
+            num_examples, num_label_tokens = max(1, round(private.expected * result.num_steps)), 0
         figures = {
-            "num_examples": int(result.num_examples),
-            "num_label_tokens": int(result.num_label_tokens),
+            "num_examples": num_examples,
+            "num_label_tokens": num_label_tokens,
             "num_steps": int(result.num_steps),
             "cluster": cluster,
             "num_bytes": num_bytes,
@@ -179,6 +190,41 @@ class TaskWork:
         new_state.update({_LATE + channel: tensors for channel, tensors in late.items()})
         return CHOICES_BYTES + num_bytes
 
+    def _private(
+        self,
+        task: TrainTask,
+        theta: NamedTensors,
+        broadcast: Mapping[str, NamedTensors],
+        state: Mapping[str, NamedTensors],
+        change: Correction,
+    ) -> NoisySteps | None:
+        """The task's draws and noise, of a key of its own; None: its examples are not private.
+
+        Raises:
+            SiteError: it asks for what noise would not cover, or for more steps than were planned for.
+        """
+        spec, site = self.bench.recipe.privacy, self.bench.sites[task.site]
+        if spec.dp != "example":
+            return None
+        assert spec.clip is not None
+        assert self.bench.secret is not None
+        if isinstance(change, Own):
+            raise SiteError("the task asks for a model of the site's own, which would have no noise", hint=_NO_NOISE)
+        starts_from = {
+            "site": task.site,
+            "round": task.round,
+            "lr": task.lr,
+            "steps": task.steps,
+            "correction": dict(task.correction),
+            "theta": theta.digest(),
+            "control": broadcast["control"].digest() if "control" in broadcast else "",
+            "state": {name: tensors.digest() for name, tensors in sorted(state.items())},
+        }
+        key = self.bench.secret.key(json.dumps(starts_from, sort_keys=True), task.steps)
+        planned = self.bench.planned[task.site]
+        expected = planned.sampling * len(site.train)
+        return NoisySteps(spec.clip, planned.noise_multiplier, planned.sampling, expected, key)
+
     def _own(self, work: LocalWork, start: NamedTensors) -> NamedTensors:
         """The site's own model after a turn of its own; at first it is the global one."""
         self.trainables.shared.copy_(start)
@@ -204,6 +250,8 @@ class TaskWork:
         clusters = candidates(start)
         if len(clusters) == 1:
             return clusters[0]
+        if self.bench.recipe.privacy.dp == "example":
+            raise SiteError("the task asks which model has the least loss on the site's training rows", hint=_NO_NOISE)
         rows, losses = rows_to_ask(start, self.bench.sites[site].train), []
         for cluster in clusters:
             self.bench.take_up(broadcast[channel_of(cluster)])

@@ -7,6 +7,7 @@ updates/NNNN-III.safetensors   accepted updates of the open round that were dear
 residuals/NNNN.safetensors  what round NNNN added to the frozen base, of strategies that do so (residuals.py)
 sites/III/NNNN.safetensors  a site's private state after round NNNN (III: the site's place in the run's order)
 controls/<arm>/III/         tensors of the control arms
+noise.key                   the secret of sites' noise, where their examples are private; deleted at the end
 personal/III/               a site's own model, written when somebody asks for it
 adapter/                    the result
 canaries.json               made-up rows and whether each was planted, if the recipe asks for them

@@ -22,7 +22,8 @@ from ..errors import StateError
 from ..privacy.spending import UNPROTECTED, Budget, Spend, Unit, cost
 from ..recipe.load import load_recipe
 from ..recipe.schema import Recipe
-from .private_rounds import spend_of, spent_in
+from .private_rounds import spends_in, spends_of
+from .tally import Sites
 
 
 class Ledger(Protocol):
@@ -48,15 +49,22 @@ class Charges:
 
     def __init__(self, recipe: Recipe, ledger: Ledger | None) -> None:
         self.recipe, self.ledger = recipe, ledger
+        #: where sites add the noise themselves, an update is a release as soon as it is sent, whatever comes of it
+        self.at_once = recipe.privacy.dp == "example"
 
-    def foresee(self, round: int, sites: Iterable[str]) -> None:
+    def foresee(self, round: int, names: Iterable[str], sites: Sites) -> None:
         """A round is about to be opened with these sites.
 
         Raises:
             BudgetError: one of them may not spend that much.
         """
-        if self.ledger is not None:
-            self.ledger.check(round, self._of(sites))
+        if self.ledger is None:
+            return
+        spends = spends_of(self.recipe, names, sites)
+        if self.at_once:
+            self.ledger.charge(round, spends)
+        else:
+            self.ledger.check(round, spends)
 
     def pay(self, round: int, sites: Iterable[str]) -> None:
         """A round's release is about to be made, with the updates of these sites.
@@ -64,11 +72,8 @@ class Charges:
         Raises:
             BudgetError: one of them may not spend that much; nothing was charged.
         """
-        if self.ledger is not None:
-            self.ledger.charge(round, self._of(sites))
-
-    def _of(self, sites: Iterable[str]) -> dict[str, Spend]:
-        return dict.fromkeys(sites, spend_of(self.recipe))
+        if self.ledger is not None and not self.at_once:
+            self.ledger.charge(round, spends_of(self.recipe, sites))
 
 
 @dataclass(frozen=True)
@@ -175,9 +180,10 @@ def lines_of_run(folder: Path) -> list[Line]:
     private = load_recipe(folder / "recipe.yaml").privacy.dp != "none"
     counts: dict[tuple[str, Spend], int] = {}
     for number, record in _commits(folder).items():
-        spend = spent_in(record) if private else UNPROTECTED
-        for site in record.get("answered", ()) if number and spend is not None else ():
-            assert spend is not None
+        if number == 0:
+            continue
+        spends = spends_in(record) if private else dict.fromkeys(record.get("answered", ()), UNPROTECTED)
+        for site, spend in spends.items():
             counts[site, spend] = counts.get((site, spend), 0) + spend.count
     return [
         Line(folder.name, site, Spend(s.unit, s.mechanism, s.noise_multiplier, s.sampling, count))

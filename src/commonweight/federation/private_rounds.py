@@ -14,22 +14,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import StateError
+from ..privacy import example_level
 from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp, noise_multiplier
 from ..privacy.adaptive_clip import UNDER_CLIP, AdaptiveClip
+from ..privacy.example_level import planned_steps
 from ..privacy.noise import GaussianNoise, new_key
 from ..privacy.site_level import COUNT_ROW, NoisyMean
 from ..privacy.spending import ADJACENCY, UNPROTECTED, Spend
 from ..privacy.toeplitz import CorrelatedNoise, optimised
-from ..recipe.schema import Recipe
+from ..recipe.schema import PrivacySpec, Recipe
 from ..strategies.update import Update
 from .journal import RunJournal
+from .tally import Sites
 
 UNIT = "site"
+NOISY_STEPS = "noisy steps"
 
 
 @dataclass(frozen=True)
@@ -161,19 +165,52 @@ def band_of(recipe: Recipe) -> int:
     return recipe.privacy.mechanism.band or recipe.privacy.mechanism.separation
 
 
-def spend_of(recipe: Recipe) -> Spend:
-    """What a round costs each site whose update is in its sum."""
+def spends_of(recipe: Recipe, names: Iterable[str], sites: Sites | None = None) -> dict[str, Spend]:
+    """What a round costs each of these sites.
+
+    Args:
+        sites: with privacy of examples it depends on a site's size and steps.
+    """
+    if recipe.privacy.dp == "example":
+        assert sites is not None
+        planned = {n: planned_round(recipe, examples=sites.examples[n], steps=sites.steps[n]) for n in names}
+        return {n: Spend("example", NOISY_STEPS, r.noise_multiplier, r.sampling, r.count) for n, r in planned.items()}
     if recipe.privacy.dp == "none":
-        return UNPROTECTED
-    return Spend(UNIT, recipe.privacy.mechanism.name, planned_noise(recipe))
+        return dict.fromkeys(names, UNPROTECTED)
+    return dict.fromkeys(names, Spend(UNIT, recipe.privacy.mechanism.name, planned_noise(recipe)))
 
 
-def spent_in(record: Mapping[str, Any]) -> Spend | None:
-    """What a commit's record says of its release; None if it says nothing."""
+def spends_in(record: Mapping[str, Any]) -> dict[str, Spend]:
+    """What a commit's record says of its releases, by the sites that pay for them."""
     found = record.get("privacy")
     if found is None:
-        return None
-    return Spend(UNIT, found.get("mechanism", "gaussian"), float(found["noise_multiplier"]))
+        return {}
+    if "sites" in found:
+        return {site: Spend.from_json(values) for site, values in found["sites"].items()}
+    spend = Spend(UNIT, found.get("mechanism", "gaussian"), float(found["noise_multiplier"]))
+    return dict.fromkeys(record["answered"], spend)
+
+
+def planned_round(recipe: Recipe, *, examples: int, steps: int) -> Releases:
+    """What a round releases of each example of a site: its noisy steps (`dp: example`).
+
+    The noise that an ε needs is that of a site which takes part in every round.
+
+    Args:
+        examples: the site's training examples.
+        steps: its optimizer steps a round.
+    """
+    spec = recipe.privacy
+    assert spec.delta is not None
+    return planned_steps(
+        examples=examples,
+        batch_size=recipe.training.batch_size,
+        steps=steps,
+        rounds=recipe.federation.rounds,
+        delta=spec.delta,
+        z=spec.noise_multiplier,
+        epsilon=spec.epsilon,
+    )
 
 
 def released(records: Sequence[Mapping[str, Any]]) -> Releases | None:
@@ -188,12 +225,24 @@ def released(records: Sequence[Mapping[str, Any]]) -> Releases | None:
     return Releases(float(private[0]["privacy"]["noise_multiplier"]), count)
 
 
+def spent_by_site(records: Sequence[Mapping[str, Any]]) -> dict[str, Releases]:
+    """The releases of each site's examples."""
+    found: dict[str, Releases] = {}
+    for record in records:
+        for site, spend in spends_in(record).items():
+            before = found[site].count if site in found else 0
+            found[site] = Releases(spend.noise_multiplier, before + spend.count, spend.sampling)
+    return found
+
+
 def statement(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a run's metrics say of its privacy."""
     spec = recipe.privacy
     if spec.dp == "none":
         return {"dp": "none", "epsilon": None}
     assert spec.delta is not None
+    if spec.dp == "example":
+        return _examples_statement(spec, records)
     plan = released(records) or Releases(planned_noise(recipe), 0)
     cost, rdp = epsilon(plan, spec.delta), epsilon_by_rdp(plan, spec.delta)
     finite = cost < math.inf
@@ -209,6 +258,30 @@ def statement(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> dict[str,
         "noise_multiplier": planned_noise(recipe),
         "clip": next((r["privacy"]["clip"] for r in reversed(records) if "privacy" in r), spec.clip),
         "releases": plan.count,
+    }
+
+
+def _examples_statement(spec: PrivacySpec, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    assert spec.delta is not None
+    plans = spent_by_site(records)
+    costs = {site: epsilon(plan, spec.delta) for site, plan in plans.items()}
+    worst = max(costs, key=lambda site: costs[site], default=None)
+    finite = worst is not None and costs[worst] < math.inf
+    return {
+        "dp": "example",
+        "epsilon": costs[worst] if worst is not None and finite else None,
+        "epsilon_rdp": epsilon_by_rdp(plans[worst], spec.delta) if worst is not None and finite else None,
+        "delta": spec.delta,
+        "unit": "example",
+        "adjacency": ADJACENCY["example"],
+        "sampling": example_level.SAMPLING,
+        "noise_multiplier": plans[worst].noise_multiplier if worst is not None else None,
+        "clip": spec.clip,
+        "releases": plans[worst].count if worst is not None else 0,
+        "sites": {
+            site: {**asdict(plan), "epsilon": costs[site] if costs[site] < math.inf else None}
+            for site, plan in plans.items()
+        },
     }
 
 

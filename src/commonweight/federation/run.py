@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ..errors import QuorumError, UpdateRefused
@@ -34,6 +35,7 @@ from .global_model import GlobalModel
 from .journal import RunJournal
 from .ledger import Charges
 from .messages import Dropped, Engine, EvaluateTask, Outcome, TrainTask
+from .private_rounds import spends_of
 from .residuals import bytes_to_catch_up
 from .round import Answered, Committed, DeadlinePassed, Failed, Phase, Round
 from .secure_rounds import SecureRounds, Terms
@@ -117,7 +119,7 @@ class FederatedRun:
         self.sites = self.evaluation.sites = self._sites(number)
         self.strategy.num_sites = len(self.sites.names)
         cohort = self._cohort(number)
-        self.charges.foresee(number, cohort)
+        self.charges.foresee(number, cohort, self.sites)
         least = majority(len(cohort)) if self.secure is not None else 0
         round = new_round(number, cohort, spec, len(self.sites.names), least=least)
         lr = lr_in_round(self.recipe.training, number, spec.rounds)
@@ -313,6 +315,10 @@ class FederatedRun:
         }
         if self.model.private is not None:
             record["privacy"] = self.model.private.record()
+        elif self.recipe.privacy.dp == "example":
+            # whoever was asked pays: it may have answered too late, or to no avail
+            spends = spends_of(self.recipe, round.cohort, self.sites)
+            record["privacy"] = {"sites": {site: asdict(spend) for site, spend in spends.items()}}
         self.journal.commit(number, record)
         self.model.committed(number)
         if self.secure is not None:

@@ -24,6 +24,7 @@ class Sites:
         groups: the group (patient, disease …) of each held-out row, by site.
         bytes_up, bytes_down: bytes of one copy of the tensors that a site sends and fetches, by site, where that is
             less than the whole.
+        examples: that a site trains on, by site, as far as it is known.
     """
 
     names: tuple[str, ...]
@@ -31,6 +32,7 @@ class Sites:
     groups: Mapping[str, list[str]]
     bytes_up: Mapping[str, int] = field(default_factory=dict)
     bytes_down: Mapping[str, int] = field(default_factory=dict)
+    examples: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def _places(self) -> dict[str, int]:
@@ -110,6 +112,7 @@ class Tally:
     def record(self, cohort: Iterable[str], strategy: Strategy, *, relays: bool = False) -> dict[str, Any]:
         """`bytes_up`: what sites send, `bytes_down`: what they fetch. With relays, `bytes_received`: what reaches the
         coordinator, which is one sum a region, in float32 at least, and the updates that came by themselves.
+        `train_loss` is None where sites do not say what they trained on.
 
         Args:
             cohort: the sites that were given a task, one as often as it was.
@@ -119,7 +122,7 @@ class Tally:
         received = (self.updates - sum(self.relays.values())) * copy + len(self.relays) * self.layout.num_wide_bytes
         return {
             "lr": self.lr,
-            "train_loss": self.nats / max(1, self.label_tokens),
+            "train_loss": self.nats / self.label_tokens if self.label_tokens else None,
             "steps": self.steps,
             "examples": self.examples,
             "label_tokens": self.label_tokens,

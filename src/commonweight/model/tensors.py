@@ -118,13 +118,16 @@ class NamedTensors(Mapping[str, Tensor]):
         return cls(layout, {d: torch.empty(n, dtype=d, device=device) for d, n in layout.numels.items()})
 
     @classmethod
-    def zeros(cls, layout: Layout, *, wide: bool = False) -> NamedTensors:
-        """Zeros of a layout, on the CPU.
+    def zeros(cls, layout: Layout, *, wide: bool = False, device: torch.device | str = "cpu") -> NamedTensors:
+        """Zeros of a layout.
 
         `wide`: floating tensors narrower than float32 are held in float32, as sums and moments should be. Flats stay
         keyed by the layout's own dtype, so that a wide flat lies beside the narrow one it belongs to.
         """
-        flats = {d: torch.zeros(n, dtype=accumulator_dtype(d) if wide else d) for d, n in layout.numels.items()}
+        flats = {
+            d: torch.zeros(n, dtype=accumulator_dtype(d) if wide else d, device=device)
+            for d, n in layout.numels.items()
+        }
         return cls(layout, flats)
 
     @classmethod

@@ -13,15 +13,22 @@ single releases, nor a central-limit estimate, which is too small, is used anywh
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..errors import RecipeError
 
 #: calibrated noise multipliers are rounded up to whole parts of this, so that people can write them down
 _UNIT = 10_000
 _MOST_NOISE = 1e6
+#: at whole orders divergences of sampled releases have short sums
+_WHOLE_ORDERS = (*range(2, 33), 48, 64, 128, 256, 512)
+#: widths of the grids on which privacy losses are rounded up
+_FINE, _COARSE = 1e-4, 1e-3
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,28 @@ def epsilon(releases: Releases, delta: float) -> float:
     return epsilon_of_all([releases], delta)
 
 
+def epsilons(releases: Releases, rounds: int, delta: float) -> list[float]:
+    """ε after each of `rounds` rounds of such releases.
+
+    Raises:
+        RecipeError: δ is not between 0 and 1.
+    """
+    _check_delta(delta)
+    if releases.sampling == 1 or releases.noise_multiplier == 0 or releases.count == 0:
+        of = (Releases(releases.noise_multiplier, k * releases.count, releases.sampling) for k in range(1, rounds + 1))
+        return [epsilon(plan, delta) for plan in of]
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    one = from_gaussian_mechanism(
+        releases.noise_multiplier, sampling_prob=releases.sampling, value_discretization_interval=_FINE
+    ).self_compose(releases.count)
+    loss, found = one, [float(one.get_epsilon_for_delta(delta))]
+    for _ in range(rounds - 1):
+        loss = loss.compose(one)
+        found.append(float(loss.get_epsilon_for_delta(delta)))
+    return found
+
+
 def epsilon_by_rdp(releases: Releases, delta: float) -> float:
     """ε by Rényi differential privacy (Mironov 2017, arXiv:1702.07476): an upper bound, larger than `epsilon`.
 
@@ -83,11 +112,29 @@ def epsilon_by_rdp(releases: Releases, delta: float) -> float:
         return 0.0
     if releases.noise_multiplier == 0:
         return math.inf
+    return _renyi_epsilon(releases, delta, None)
+
+
+def _renyi_epsilon(releases: Releases, delta: float, orders: Sequence[float] | None) -> float:
+    """Args: orders: at which divergences are taken; None: the library's own."""
     from dp_accounting.rdp import RdpAccountant
 
-    accountant = RdpAccountant()
-    accountant.compose(_event(releases), releases.count)
-    return float(accountant.get_epsilon(delta))
+    accountant = RdpAccountant(orders)
+    with _silent():  # of orders whose series does not converge; the others bound ε all the same
+        accountant.compose(_event(releases), releases.count)
+        return float(accountant.get_epsilon(delta))
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Inside, dp-accounting warns nobody."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def epsilon_of_all(plans: list[Releases], delta: float) -> float:
@@ -105,9 +152,14 @@ def epsilon_of_all(plans: list[Releases], delta: float) -> float:
     if all(plan.sampling == 1 for plan in plans):
         # Gaussian releases compose to one whose squared ratios of C to σ add up: no accountant is needed
         return _gaussian_epsilon(1 / math.sqrt(sum(p.count / p.noise_multiplier**2 for p in plans)), delta)
+    return _sampled_epsilon(plans, delta, _FINE)
+
+
+def _sampled_epsilon(plans: list[Releases], delta: float, step: float) -> float:
+    """ε by privacy loss distributions on a grid of this width, from above whatever the width."""
     from dp_accounting.pld import PLDAccountant
 
-    accountant = PLDAccountant()
+    accountant = PLDAccountant(value_discretization_interval=step)
     for plan in plans:
         accountant.compose(_event(plan), plan.count)
     return float(accountant.get_epsilon(delta))
@@ -138,8 +190,17 @@ def noise_multiplier(target: float, delta: float, *, count: int, sampling: float
     return _rounded_up(_sampled_multiplier(target, delta, count, sampling))
 
 
+@lru_cache(maxsize=1024)
 def _sampled_multiplier(target: float, delta: float, count: int, sampling: float) -> float:
-    """z for sampled releases: the Rényi accountant, which is quick and a little too careful, says where to look."""
+    """z for sampled releases: the Rényi accountant, which is quick and a little too careful, says where to look; then
+    a coarse grid, which takes a tenth of the time and says ε within 1e-3, finds it; the fine one has the last word.
+    """
+
+    def coarse(releases: Releases, delta: float) -> float:
+        return _sampled_epsilon([releases], delta, _COARSE)
+
+    def rough(releases: Releases, delta: float) -> float:
+        return _renyi_epsilon(releases, delta, _WHOLE_ORDERS)
 
     def excess(log_z: float, accountant: Callable[[Releases, float], float]) -> float:
         return float(accountant(Releases(math.exp(log_z), count, sampling), delta) - target)
@@ -147,25 +208,23 @@ def _sampled_multiplier(target: float, delta: float, count: int, sampling: float
     from scipy.optimize import brentq
 
     low, high = math.log(1e-2), 0.0
-    while excess(high, epsilon_by_rdp) > 0:
+    while excess(high, rough) > 0:
         high += 1.0
         if high > math.log(_MOST_NOISE):
             raise RecipeError(
                 f"no noise is enough for ε = {target} at δ = {delta} with {count} releases",
                 hint="ask for a larger ε or fewer rounds",
             )
-    high = (
-        float(brentq(excess, low, high, args=(epsilon_by_rdp,), xtol=1e-3)) if excess(low, epsilon_by_rdp) > 0 else low
-    )
-    high += 2e-3
+    high = float(brentq(excess, low, high, args=(rough,), xtol=1e-2)) if excess(low, rough) > 0 else low
+    high += 1e-2
     low = high - 0.1
-    while excess(low, epsilon) <= 0 and low > math.log(1e-2):
+    while excess(low, coarse) <= 0 and low > math.log(1e-2):
         low -= 0.3
-    while excess(high, epsilon) > 0:
+    while excess(high, coarse) > 0:
         high += 0.1
-    if excess(low, epsilon) <= 0:
+    if excess(low, coarse) <= 0:
         return math.exp(low)
-    found: float = math.exp(float(brentq(excess, low, high, args=(epsilon,), xtol=1e-4)))
+    found: float = math.exp(float(brentq(excess, low, high, args=(coarse,), xtol=1e-4)))
     while epsilon(Releases(found, count, sampling), delta) > target:
         found *= 1 + 1e-4
     return found

@@ -11,6 +11,7 @@ in floating point is not the real-valued noise of the proofs: the lowest bits of
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from abc import ABC, abstractmethod
 
@@ -82,9 +83,39 @@ class GaussianNoise(Noise):
         return pairs[skipped : skipped + count]
 
     def _words(self, number: int, block: int, count: int) -> NDArray[np.uint64]:
-        """64-bit words from a block of the row's stream on."""
-        if block + count // _PER_BLOCK > 1 << 32:
-            raise ValueError("a row is too long for one stream of noise")
-        nonce = block.to_bytes(4, "little") + number.to_bytes(12, "little")
-        stream = Cipher(algorithms.ChaCha20(self._key, nonce), mode=None).encryptor()
-        return np.frombuffer(stream.update(bytes(8 * count)), dtype=np.uint64)
+        return _words(self._key, number, block, count)
+
+
+class Coins:
+    """Rows of independent coins.
+
+    Args:
+        key: 32 bytes, which nothing else is made of.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"a key of {len(key)} bytes: it must have {KEY_BYTES}")
+        self._key = key
+
+    def tossed(self, number: int, count: int, probability: float) -> NDArray[np.bool_]:
+        """`count` coins of a row, each True with this probability, to 2⁻⁵³."""
+        words = _words(self._key, number, 0, -(-count // _PER_BLOCK) * _PER_BLOCK)[:count]
+        return (words >> 11) * 2.0**-53 < probability
+
+
+def derived(secret: bytes, purpose: str) -> bytes:
+    """32 bytes for one purpose out of a secret of at least 32, by BLAKE2b with a key: who has them learns neither the
+    secret nor what it gives for another purpose."""
+    if len(secret) < KEY_BYTES:
+        raise ValueError(f"a secret of {len(secret)} bytes: it must have {KEY_BYTES}")
+    return hashlib.blake2b(purpose.encode(), key=secret, digest_size=KEY_BYTES).digest()
+
+
+def _words(key: bytes, number: int, block: int, count: int) -> NDArray[np.uint64]:
+    """64-bit words from a block of a row's stream on."""
+    if block + count // _PER_BLOCK > 1 << 32:
+        raise ValueError("a row is too long for one stream of noise")
+    nonce = block.to_bytes(4, "little") + number.to_bytes(12, "little")
+    stream = Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor()
+    return np.frombuffer(stream.update(bytes(8 * count)), dtype=np.uint64)

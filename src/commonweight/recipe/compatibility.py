@@ -127,6 +127,16 @@ FEATURES = (
         "Set compression.error_feedback to false, or use the strategy fedavg",
     ),
     Feature(
+        "differential privacy of examples",
+        lambda recipe, network: recipe.privacy.dp == "example",
+        lambda strategy: (
+            not (_is(strategy, "own_model") or _is(strategy, "asynchronous") or _is(strategy, "asks_losses"))
+        ),
+        "a site gives away noisy gradients alone, as often as the rounds say, and this strategy wants to know losses "
+        "on its rows, keeps a model of its own there, or has no rounds",
+        "Use a strategy that only combines updates, such as fedavg or fedadam, or privacy.dp none",
+    ),
+    Feature(
         "relays",
         lambda recipe, network: bool(recipe.federation.relays),
         lambda strategy: _is(strategy, "needs") == "sum" and not _is(strategy, "asynchronous"),

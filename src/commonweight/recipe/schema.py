@@ -307,15 +307,25 @@ class TrainingSpec(Section):
         description="Slow sites, by name: the share of its steps that a site takes, rounded down, at least one step. "
         "`{clinic: 0.25}`. The strategy `fednova` evens out what unequal steps do.",
     )
-    batch_size: int = Field(8, ge=1, description="Examples (packed: sequences) an optimizer step.")
+    batch_size: int = Field(
+        8,
+        ge=1,
+        description="Examples (packed: sequences) an optimizer step; with `privacy.dp: example` their expected number.",
+    )
     micro_batch_size: int | Literal["auto"] = Field(
         "auto",
         description="Examples a forward pass; gradients accumulate over a batch, weighted by tokens, so that the step "
-        "is the same to rounding. `auto`: about 1,024 tokens on CPU, the whole batch on a GPU.",
+        "is the same to rounding. `auto`: about 1,024 tokens on CPU, the whole batch on a GPU. With `privacy.dp: "
+        "example` as many copies of the adapter's gradient are held at once.",
     )
     max_tokens: int = Field(512, ge=2, description="Tokens an example (packed: a sequence); longer ones are cut.")
     packing: bool = Field(False, description="Fill sequences with several examples, attention kept apart at the seams.")
-    clip_norm: float | None = Field(1.0, gt=0, description="Gradient norm bound a step; null: none.")
+    clip_norm: float | None = Field(
+        1.0,
+        gt=0,
+        description="Gradient norm bound a step; null: none. With `privacy.dp: example` `privacy.clip` bounds each "
+        "example's gradient in its place.",
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled for AdamW, L2 for SGD.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's β₁, β₂.")
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD's momentum.")
@@ -623,19 +633,30 @@ class MechanismSpec(Section):
 class PrivacySpec(Section):
     """What bounds what is learnt of a site: by whoever gets the result, and by the coordinator."""
 
-    dp: Literal["none", "site"] = Field(
+    dp: Literal["none", "site", "example"] = Field(
         "none",
         description="`site`: differential privacy of each site with all its rows: updates are clipped at the site, and "
-        "the coordinator adds noise to their sum. `none`: ε = ∞.",
+        "the coordinator adds noise to their sum. `example`: of each single training example: a site draws the batch "
+        "of a step by chance, clips each example's gradient and adds noise itself (DP-SGD). `none`: ε = ∞.",
     )
     clip: float | None = Field(
-        None, gt=0, description="C: the L2 norm to which a site's update is clipped. Needed with `dp: site`."
+        None,
+        gt=0,
+        description="C: the L2 norm to which a site's update is clipped, or with `dp: example` each example's "
+        "gradient, over all trained tensors together. Needed unless `dp: none`.",
     )
     delta: float | None = Field(
-        None, gt=0, lt=1, description="δ, well below one over the number of sites. Needed with `dp: site`."
+        None,
+        gt=0,
+        lt=1,
+        description="δ, well below one over the number of sites, or with `dp: example` of a site's training examples. "
+        "Needed unless `dp: none`.",
     )
     epsilon: float | None = Field(
-        None, gt=0, description="The ε that all rounds together may cost; the noise follows. Or `noise_multiplier`."
+        None,
+        gt=0,
+        description="The ε that all rounds together may cost; the noise follows, with `dp: example` for each site by "
+        "itself. Or `noise_multiplier`.",
     )
     noise_multiplier: float | None = Field(
         None, ge=0, description="z: the noise's standard deviation in units of `clip`; ε follows. Or `epsilon`."
@@ -660,7 +681,7 @@ class PrivacySpec(Section):
         None,
         gt=0,
         description="Secure sums: the largest size of an element of an update; larger ones are clipped to it. "
-        "Default: `clip`, or without it 8.",
+        "Default: `clip` with `dp: site`, else 8.",
     )
 
     @model_validator(mode="after")
@@ -669,7 +690,7 @@ class PrivacySpec(Section):
         given = [name for name in names if getattr(self, name) is not None]
         if self.dp == "none":
             if given:
-                raise ValueError(f"`{given[0]}` does nothing with dp: none; set dp: site, or remove it")
+                raise ValueError(f"`{given[0]}` does nothing with dp: none; set dp: site or example, or remove it")
             if self.mechanism.name != "gaussian":
                 raise ValueError("`mechanism` does nothing with dp: none; set dp: site, or remove it")
             return self
@@ -680,9 +701,13 @@ class PrivacySpec(Section):
             )
         missing = [name for name in ("clip", "delta") if name not in given]
         if missing:
-            raise ValueError(f"dp: site needs `{missing[0]}`")
+            raise ValueError(f"dp: {self.dp} needs `{missing[0]}`")
         if ("epsilon" in given) == ("noise_multiplier" in given):
-            raise ValueError("dp: site needs `epsilon` or `noise_multiplier`, and not both")
+            raise ValueError(f"dp: {self.dp} needs `epsilon` or `noise_multiplier`, and not both")
+        if self.dp == "example" and self.adaptive_clip is not None:
+            raise ValueError("`adaptive_clip` follows the norms of sites' updates, with dp: site; remove it")
+        if self.dp == "example" and self.mechanism.name != "gaussian":
+            raise ValueError("`mechanism` is of the noise on sums of sites' updates, with dp: site; remove it")
         return self
 
 
@@ -836,6 +861,39 @@ class Recipe(Section):
         if self.compression.active:
             return "`compression` makes of an update what cannot be added to others"
         return ""
+
+    @model_validator(mode="after")
+    def _private_examples_have_gradients_of_their_own(self) -> Self:
+        adapter, training = self.model.adapter, self.training
+        if self.privacy.dp != "example":
+            return self
+        if adapter.kind not in PAIRED_KINDS:
+            raise ValueError(
+                f"privacy.dp example needs each example's own gradient, which lora and rslora adapters have and "
+                f"adapter.kind {adapter.kind} has not; use one of the two"
+            )
+        if adapter.shaped:
+            raise ValueError(
+                "privacy.dp example adds noise to the whole adapter, but model.adapter.sites or model.adapter.budget "
+                "gives sites a part of it; leave them out"
+            )
+        if training.packing:
+            raise ValueError(
+                "privacy.dp example draws each example by itself, but training.packing puts several in one sequence; "
+                "use packing: false, and a smaller max_tokens or micro_batch_size to save memory"
+            )
+        if training.gradient_checkpointing:
+            raise ValueError(
+                "privacy.dp example: training.gradient_checkpointing runs layers a second time, behind the hooks that "
+                "take down each example's gradient; use gradient_checkpointing: false, and micro_batch_size: 1 to save "
+                "memory"
+            )
+        if self.federation.weighting == "tokens":
+            raise ValueError(
+                "privacy.dp example bounds what updates tell, but federation.weighting tokens needs the number of "
+                "tokens drawn, which would tell more; use weighting: examples or uniform"
+            )
+        return self
 
     @model_validator(mode="after")
     def _packing_has_no_prompt_tokens(self) -> Self:

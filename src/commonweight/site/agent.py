@@ -440,7 +440,7 @@ class Agent:
         if len(content) > JSON_BYTES:
             raise SiteError(f"the answer takes {len(content):,} bytes, more than the {JSON_BYTES:,} that fit")
         if task.kind == "join":
-            await asyncio.to_thread(self.gate.joined, task.run)
+            await asyncio.to_thread(self.gate.joined, task.run, result)
             self.log("joined", run=task.run, withheld=list(withheld))
         await self._end(item, "done", result=content, what=ANSWERS[task.kind])
 

@@ -12,19 +12,21 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import AccessError, PolicyError, SiteError
-from ..federation.folder import replacing
+from ..federation.folder import replacing, write_json
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, Task, TrainTask
+from ..federation.private_rounds import spends_of
+from ..federation.tally import Sites
 from ..identity.certificates import Holder, verify_certificate
 from ..identity.folder import IdentityFolder
 from ..identity.jobs import verify_job
 from ..identity.keys import AUDIT, verify
 from ..model.tensors import Layout
-from ..privacy.spending import UNPROTECTED
+from ..privacy.spending import UNPROTECTED, Spend
 from ..recipe.problems import validate
 from ..recipe.schema import FederationSpec, Recipe
 from ..recipe.source import read_source
@@ -107,7 +109,8 @@ class Gate:
         """A run's job, if this site has it; read from disk it is verified once more."""
         if run not in self._jobs:
             with suppress(OSError, AccessError, Refused):
-                self._jobs[run] = self._verified(run, decode(pb.SignedJob, self._job_file(run).read_bytes()))
+                known = self._verified(run, decode(pb.SignedJob, self._job_file(run).read_bytes()))
+                self._jobs[run] = self._priced(known, run)
         return self._jobs.get(run)
 
     def admit(self, run: str, signed: pb.SignedJob) -> KnownJob:
@@ -134,8 +137,27 @@ class Gate:
         facts = _facts(job, recipe, holder, self._identity().holder.name)
         return KnownJob(job, facts, recipe.federation, plan.layout, plan.chunk_bytes)
 
-    def joined(self, run: str) -> None:
+    def joined(self, run: str, facts: Mapping[str, Any]) -> None:
+        """The site takes part; of privacy of its examples it is known from now on what a round costs.
+
+        Args:
+            facts: what the site's workshop says of itself (`train_examples`, `steps`).
+        """
+        known = self.known(run)
+        if known is not None and known.facts.dp == "example":
+            recipe = validate(Recipe, read_source(known.job.recipe, "the job's recipe"))
+            sites = Sites(("",), {"": facts["steps"]}, {}, examples={"": facts["train_examples"]})
+            write_json(self._spend_file(run), asdict(spends_of(recipe, sites.names, sites)[""]))
+            self._jobs[run] = self._priced(known, run)
         self.records.set_job(run, "joined")
+
+    def _priced(self, known: KnownJob, run: str) -> KnownJob:
+        """With what a round really costs, if that was written down."""
+        try:
+            spend = Spend.from_json(json.loads(self._spend_file(run).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            return known
+        return replace(known, facts=replace(known.facts, spend=spend))
 
     def goes_on(self, run: str) -> bool:
         """Whether this site knows of a run, and not yet of its end."""
@@ -328,6 +350,9 @@ class Gate:
 
     def _job_file(self, run: str) -> Path:
         return self.folder / "runs" / run / "job.signed"
+
+    def _spend_file(self, run: str) -> Path:
+        return self.folder / "runs" / run / "spend.json"
 
 
 def _facts(job: pb.Job, recipe: Recipe, holder: Holder, site: str) -> JobFacts:

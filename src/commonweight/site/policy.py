@@ -28,10 +28,10 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from ..errors import PolicyError, RecipeError
 from ..evaluate.metrics import Scores
-from ..federation.private_rounds import participations, planned_noise, spend_of
+from ..federation.private_rounds import NOISY_STEPS, participations, planned_noise, spends_of
 from ..identity.roles import SIGNING_ROLES
 from ..model.shapes import shapes_of
-from ..privacy.accounting import Releases, epsilon
+from ..privacy.accounting import Releases, epsilon, noise_multiplier
 from ..privacy.spending import UNPROTECTED, Budget, Spend
 from ..recipe.schema import Recipe, Section
 from ..registry import BUILT_IN, built_in, is_listed, resolve
@@ -244,7 +244,8 @@ class JobFacts:
         dp: `none`, or the unit that is protected.
         epsilon: what the job states; None: no bound (∞).
         num_sites: sites that the job names; 0: every enrolled site.
-        spend: what a round costs this site, if the coordinator does as the job says.
+        spend: what a round costs this site, if the coordinator does as the job says. With privacy of examples that
+            depends on the site's rows: until it has joined, it is what the job promises at most.
         participations: rounds in which this site takes part at most; None: all.
         separation: of so many rounds in a row this site takes part in one at most.
     """
@@ -322,7 +323,7 @@ class JobFacts:
             secure_aggregation=False,
             trust_remote_code=recipe.model.trust_remote_code,
             num_sites=num_sites,
-            spend=spend_of(recipe),
+            spend=_promised(recipe),
             participations=participations(recipe),
             separation=recipe.privacy.mechanism.separation,
         )
@@ -355,13 +356,34 @@ class JobFacts:
 
 
 def _planned_epsilon(recipe: Recipe) -> float | None:
-    """ε of all the job's rounds at its own δ; None: ∞."""
+    """ε of all the job's rounds at its own δ; None: ∞.
+
+    Of examples it is the one that the job promises, to which this site calibrates its own noise. A job that gives the
+    noise instead promises none: what that costs depends on the size of the site.
+    """
     spec = recipe.privacy
     if spec.dp == "none":
         return None
+    if spec.dp == "example":
+        return spec.epsilon
     assert spec.delta is not None
     found = epsilon(Releases(planned_noise(recipe), participations(recipe)), spec.delta)
     return found if found < math.inf else None
+
+
+def _promised(recipe: Recipe) -> Spend:
+    """What a round costs a site of whose rows nothing is known."""
+    spec = recipe.privacy
+    if spec.dp != "example":
+        return spends_of(recipe, [""])[""]
+    if spec.epsilon is not None:
+        assert spec.delta is not None
+        # Gaussian releases, one a round, that cost as much together
+        return Spend("example", NOISY_STEPS, noise_multiplier(spec.epsilon, spec.delta, count=recipe.federation.rounds))
+    assert spec.noise_multiplier is not None
+    if recipe.training.steps is None:
+        return UNPROTECTED  # as many steps as the site's size makes of an epoch
+    return Spend("example", NOISY_STEPS, spec.noise_multiplier, count=recipe.training.steps)
 
 
 def _update_bytes(recipe: Recipe, initial: bytes, site: str) -> int:

@@ -5,6 +5,8 @@ runs/<run>/checkpoint.safetensors     the training task under way
 runs/<run>/own.safetensors            the same, of this site's own model (Ditto)
 runs/<run>/state/NNNN.safetensors     this site's private state after round NNNN (SCAFFOLD's cᵢ, Ditto's vᵢ)
 runs/<run>/controls/<digest>/         the local control arm
+runs/<run>/noise.key                  the secret of this site's noise, where its examples are private
+runs/<run>/noise-spent.json           steps that such noise was spent on; it stays when the run has ended
 runs/<run>/personal/                  the model that this site uses, as an adapter; it stays when the run has ended
 """
 
@@ -23,6 +25,7 @@ from typing import Any, Protocol
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..engines.noise_secret import SECRET_FILE
 from ..errors import SiteError, StateError
 from ..federation.folder import read_tensors, replacing, storage_errors, write_json, write_tensors
 from ..federation.messages import ChainTask, TrainTask
@@ -31,7 +34,7 @@ from ..model.tensors import Layout, NamedTensors
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ROUND_FILE = re.compile(r"(?:.*/)?(\d{1,9})\.safetensors")
 _NEW, _OLD = ".personal.new", ".personal.old"
-_NAMES = ("joined.json", "checkpoint.safetensors", "own.safetensors", "state", "controls", _NEW, _OLD)
+_NAMES = (SECRET_FILE, "joined.json", "checkpoint.safetensors", "own.safetensors", "state", "controls", _NEW, _OLD)
 
 
 class JobLike(Protocol):

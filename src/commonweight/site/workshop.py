@@ -22,6 +22,7 @@ from ..data.partition_report import data_digest
 from ..data.sites import Site, load_sites
 from ..engines.bench import Bench, build_bench
 from ..engines.handshake import check_handshake, handshake
+from ..engines.noise_secret import NoiseSecret
 from ..engines.work import TaskWork
 from ..errors import CommonweightError, DataError, SiteError, StateError, StorageError
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, TrainTask
@@ -197,6 +198,8 @@ class RecipeWorkshop:
         with self._turn("training", cancelled), self._sweeping(run):
             self._check(task)
             bench, files = self._bench(run, progress), self._files(run)
+            if bench.secret is not None:
+                bench.secret.make()
             needed = (*_CORRECTIONS[task.correction["kind"]], *_channels(task.start))
             tensors = _fitting(base, bench.theta.layout, needed)
             state = files.private_state(task, bench.theta.layout, bench.state_layouts)
@@ -295,6 +298,9 @@ class RecipeWorkshop:
         bench = build_bench(self._recipe(job), gather=self._gather)
         progress("checking what must match")
         check_handshake(job.must_match, {**handshake(bench), **bench.must_match_too})
+        if bench.planned:
+            steps = bench.planned[self.local_name].count * bench.recipe.federation.rounds
+            bench.secret = NoiseSecret(self._files(job.id).folder, most=steps)
         return bench
 
     def _recipe(self, job: JobLike) -> Recipe:

@@ -55,6 +55,7 @@ class AFL(IndividualsStrategy):
     name = "afl"
     rule = "θ ← θ + η·Σ λᵢΔᵢ; λ ← the point of the simplex nearest to λ + γF"
     source = "Mohri, Sivek and Suresh, Agnostic Federated Learning, ICML 2019, arXiv:1902.00146"
+    asks_losses = True
     not_networked = NO_FIRST_LOSS
 
     class Options(BaseModel):

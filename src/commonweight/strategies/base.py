@@ -119,6 +119,8 @@ class Strategy(ABC):
     num_models: int = 1
     #: the round whose updates are put into clusters (`grouped`) before they are combined; 0: none
     grouping_round: int = 0
+    #: whether it goes by losses on the sites' training rows: those that they report, or by which they choose
+    asks_losses: ClassVar[bool] = False
     #: why no coordinator can run it, whose updates and model lie in files, as the end of a sentence; "": one can
     not_networked: ClassVar[str] = "a coordinator combines from files, and this strategy takes its updates whole"
     #: whether all it learns from a round's updates is Σ Δᵢ, each counted alike and every element of it

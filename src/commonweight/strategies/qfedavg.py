@@ -42,6 +42,7 @@ class QFedAvg(IndividualsStrategy):
     name = "q-fedavg"
     rule = "θ ← θ + Σ Fᵢ^q·Δᵢ / Σ Fᵢ^q(1 + q·‖Δᵢ‖²/(lr·Fᵢ))"
     source = "Li et al., Fair Resource Allocation in Federated Learning, ICLR 2020, arXiv:1905.10497"
+    asks_losses = True
     not_networked = NO_FIRST_LOSS
 
     class Options(BaseModel):

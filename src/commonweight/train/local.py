@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from ..data.tokens import Tokens
@@ -26,6 +28,7 @@ from .batches import Batch
 from .checkpoint import Checkpoint, Sums, restore, state_of
 from .corrections import Correction, NoCorrection
 from .loss import LanguageModel
+from .per_example import ExampleGradients, Privacy, example_gradients
 
 
 class Cancelled(SiteError):
@@ -65,6 +68,8 @@ class LocalWork:
             that replace `work` do without.
         interrupted: asked before each step; True stops the work with `Cancelled`.
         progress: told before each step how many are done.
+        privacy: makes each step private: it draws the batch, and adds noise to the sum of clipped gradients. Only of
+            objectives that are `of_examples`.
     """
 
     tokens: Tokens
@@ -78,6 +83,7 @@ class LocalWork:
     checkpoint: Checkpoint | None = None
     interrupted: Callable[[], bool] = never
     progress: Callable[[int], None] = untold
+    privacy: Privacy | None = None
 
 
 @dataclass(frozen=True)
@@ -122,37 +128,59 @@ class Objective(ABC):
 class GradientObjective(Objective):
     """An objective with a gradient: minimise a sum over label tokens by an optimizer.
 
+    With `LocalWork.privacy` it is, in each step, the mean over examples of each one's mean loss a label token; what a
+    correction adds to the gradient comes after the noise, and `training.clip_norm` is left aside.
+
     Checkpoints hold values, optimizer, random numbers and sums. A subclass that remembers anything else from step to
     step replaces `work`.
     """
 
+    #: whether its loss is a sum over label tokens, each of which depends on its own sequence alone, and `backward`
+    #: knows what to do with a scale for each; without it there is no privacy of examples
+    of_examples: ClassVar[bool] = False
+
     @abstractmethod
-    def backward(self, language_model: LanguageModel, batch: Batch, scale: float) -> float:
-        """Add the gradient of `scale` × the batch's summed loss to the gradients; return that sum."""
+    def backward(self, language_model: LanguageModel, batch: Batch, scale: float | Tensor) -> float:
+        """Add the gradient of `scale` × the batch's summed loss to the gradients; return that sum.
+
+        Args:
+            scale: a number, or with `of_examples` one for each label [L], in the order of the batch.
+        """
 
     def work(self, participant: Participant, task: LocalWork) -> LocalResult:
         model, spec = participant.language_model, task.spec
         model.model.train()
-        torch.manual_seed(task.seed)
+        torch.manual_seed(task.seed if task.privacy is None else task.privacy.seed)
         rows = batches.sequences(task.tokens, spec, task.pack_seed)
         optimizer = task.optimizer or make_optimizer(participant.trainables, spec)
         state = task.checkpoint.load() if task.checkpoint is not None else None
         sums = Sums() if state is None else restore(state, participant.trainables, optimizer)
         set_lr(optimizer, task.lr)
-        order = batches.order(rows, batch_size=spec.batch_size, steps=task.steps, seed=task.seed)
-        for batch in islice(order, sums.steps, None):
-            if task.interrupted():
-                raise Cancelled(f"the work was stopped after {sums.steps} of {task.steps} local steps")
-            task.progress(sums.steps)
-            self._add_step(sums, batch, *self._step(participant, optimizer, task, batch))
-            if task.checkpoint is not None and sums.steps < task.steps and task.checkpoint.due():
-                task.checkpoint.save(state_of(sums, participant.trainables, optimizer))
+        if task.privacy is None:
+            order = batches.order(rows, batch_size=spec.batch_size, steps=task.steps, seed=task.seed)
+        else:
+            order = drawn(task.privacy, rows, task.steps)
+        with self._examples(participant, task) as examples:
+            for batch in islice(order, sums.steps, None):
+                if task.interrupted():
+                    raise Cancelled(f"the work was stopped after {sums.steps} of {task.steps} local steps")
+                task.progress(sums.steps)
+                nats, labels = self._step(participant, optimizer, task, batch, sums.steps, examples)
+                self._add_step(sums, batch, nats, labels, checked=examples is None)
+                if task.checkpoint is not None and sums.steps < task.steps and task.checkpoint.due():
+                    task.checkpoint.save(state_of(sums, participant.trainables, optimizer))
         return LocalResult(
             sums.examples, sums.labels, task.steps, sums.nats / max(1, sums.labels), first_loss=sums.first_loss
         )
 
-    def _add_step(self, sums: Sums, batch: batches.Rows, nats: float, labels: int) -> None:
-        if not math.isfinite(nats):
+    def _examples(self, participant: Participant, task: LocalWork) -> AbstractContextManager[ExampleGradients | None]:
+        if task.privacy is None:
+            return nullcontext()
+        assert self.of_examples, f"{self.name} has no gradients of single examples"
+        return example_gradients(participant.language_model, participant.trainables)
+
+    def _add_step(self, sums: Sums, batch: batches.Rows, nats: float, labels: int, *, checked: bool) -> None:
+        if checked and not math.isfinite(nats):
             raise SiteError(
                 f"the training loss became {nats} at local step {sums.steps + 1}",
                 hint="lower training.lr, set training.clip_norm, or look for broken rows in the site's data",
@@ -165,7 +193,13 @@ class GradientObjective(Objective):
         sums.examples += sum(len(row) for row in batch)
 
     def _step(
-        self, participant: Participant, optimizer: Optimizer, task: LocalWork, batch: batches.Rows
+        self,
+        participant: Participant,
+        optimizer: Optimizer,
+        task: LocalWork,
+        batch: batches.Rows,
+        step: int,
+        examples: ExampleGradients | None,
     ) -> tuple[float, int]:
         trainables, model = participant.trainables, participant.language_model
         labels = sum(int(task.tokens.labelled_of(e).sum()) for row in batch for e in row)
@@ -173,14 +207,26 @@ class GradientObjective(Objective):
         size = batches.micro_batch_size(task.spec, model.device)
         nats = 0.0
         for micro in batches.micro_batches(task.tokens, batch, size, model.device):
-            nats += self.backward(model, micro, 1.0 / labels)
+            if examples is None or task.privacy is None:
+                nats += self.backward(model, micro, 1.0 / labels)
+            else:
+                nats += examples.add_clipped(micro, self.backward, task.privacy.bound)
+        if examples is not None and task.privacy is not None:
+            trainables.gradients.copy_(task.privacy.release(examples.total, step))
+            examples.forget()
         change = task.correction or NoCorrection()
         change.adjust(trainables.shared, trainables.shared_gradients)
-        if task.spec.clip_norm is not None:
+        if examples is None and task.spec.clip_norm is not None:
             clip(trainables, task.spec.clip_norm)
         optimizer.step()
         change.settle(trainables.shared)
         return nats, labels
+
+
+def drawn(privacy: Privacy, rows: batches.Rows, steps: int) -> Iterator[batches.Rows]:
+    """`steps` batches of sequences, each drawn by chance."""
+    for step in range(steps):
+        yield [rows[place] for place in privacy.drawn(step, len(rows))]
 
 
 def make_optimizer(trainables: Trainables, spec: TrainingSpec) -> Optimizer:

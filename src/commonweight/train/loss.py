@@ -139,15 +139,25 @@ def autocast_dtype(spec: TrainingSpec, device: torch.device) -> torch.dtype | No
     return torch.bfloat16 if half else None
 
 
-def backward(language_model: LanguageModel, batch: Batch, scale: float) -> float:
-    """Add the gradient of `scale` × Σ nats over the batch's labels to the parameters' gradients; returns Σ nats."""
+def backward(language_model: LanguageModel, batch: Batch, scale: float | Tensor) -> float:
+    """Add the gradient of Σ `scale` × nats over the batch's labels to the parameters' gradients; returns Σ nats.
+
+    Args:
+        scale: a number, or one for each label [L], in the order of the batch.
+    """
     states, targets, _ = language_model.at_labels(batch)
     gradient = torch.empty_like(states)
     total = torch.zeros((), dtype=torch.float64, device=states.device)
     for piece in language_model.pieces(len(targets)):
         leaf = states[piece].detach().requires_grad_()
-        nats = functional.cross_entropy(language_model.logits(leaf), targets[piece], reduction="sum")
-        torch.autograd.backward(nats * scale)
+        logits = language_model.logits(leaf)
+        if isinstance(scale, Tensor):
+            each = functional.cross_entropy(logits, targets[piece], reduction="none")
+            nats, scaled = each.sum(), (each * scale[piece]).sum()
+        else:
+            nats = functional.cross_entropy(logits, targets[piece], reduction="sum")
+            scaled = nats * scale
+        torch.autograd.backward(scaled)
         assert leaf.grad is not None
         gradient[piece] = leaf.grad
         total += nats.detach()

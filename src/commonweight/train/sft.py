@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .batches import Batch
 from .local import GradientObjective
 from .loss import LanguageModel, backward
@@ -15,7 +17,8 @@ class SupervisedFineTuning(GradientObjective):
     """
 
     name = "sft"
+    of_examples = True
     source = "Ouyang 2022, arXiv:2203.02155, section 3"
 
-    def backward(self, language_model: LanguageModel, batch: Batch, scale: float) -> float:
+    def backward(self, language_model: LanguageModel, batch: Batch, scale: float | Tensor) -> float:
         return backward(language_model, batch, scale)

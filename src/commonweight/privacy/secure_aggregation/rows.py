@@ -121,7 +121,7 @@ class RowCode:
         """As a recipe says it. Where updates are clipped to a norm for privacy's sake, no element is larger than that
         norm, and encoding must not make the norm larger."""
         spec = recipe.privacy
-        bound = spec.secure_bound or spec.clip or DEFAULT_BOUND
+        bound = spec.secure_bound or (spec.clip if spec.dp == "site" else None) or DEFAULT_BOUND
         return cls(layout, num_sites, recipe.federation.weighting, most, bound, toward_zero=spec.dp != "none")
 
     @property

@@ -74,6 +74,7 @@ class ClusteredStrategy(SumStrategy):
 
     needs = "individuals"
     clustered = True
+    asks_losses = True  # sites that come late choose the model with the least loss on their rows
     Options: ClassVar[type[BaseModel]] = ClusterOptions
 
     options: ClusterOptions
