@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -86,7 +86,7 @@ def plan(
             say(f"  secure sums           {told} (over a network)")
         return
     if spec.dp == "example":
-        _plan_examples(str(recipe), loaded, examples, json)
+        _plan_examples(str(recipe), loaded, examples, sums, told, json)
         return
     if examples is not None:
         raise RecipeError(
@@ -129,8 +129,14 @@ def plan(
     say(NOT_COVERED)
 
 
-def _plan_examples(name: str, recipe: Recipe, examples: int | None, json: bool) -> None:
-    """The same of each site's examples; sites differ in what their size lets them claim."""
+def _plan_examples(
+    name: str, recipe: Recipe, examples: int | None, sums: Mapping[str, Any], told: str, json: bool
+) -> None:
+    """The same of each site's examples; sites differ in what their size lets them claim.
+
+    Args:
+        sums, told: whether the coordinator learns sums alone, as plain data and in words.
+    """
     from ..federation.private_rounds import planned_round
     from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp, epsilons
     from ..privacy.example_level import SAMPLING
@@ -150,15 +156,19 @@ def _plan_examples(name: str, recipe: Recipe, examples: int | None, json: bool) 
     worst = max(whole, key=lambda site: costs[whole[site]])
     each, rdp = epsilons(planned[worst], rounds, spec.delta), epsilon_by_rdp(whole[worst], spec.delta)
     if json:
-        known = (spec.dp, rounds, spec.dp, ADJACENCY[spec.dp], SAMPLING, spec.clip)
-        values = (
-            *known,
-            planned[worst].noise_multiplier,
-            spec.delta,
-            _finite(each[-1]),
-            _finite(rdp),
-            [_finite(value) for value in each],
-        )
+        known: dict[str, Any] = {
+            "dp": spec.dp,
+            "rounds": rounds,
+            "unit": spec.dp,
+            "adjacency": ADJACENCY[spec.dp],
+            "sampling": SAMPLING,
+            "clip": spec.clip,
+            "noise_multiplier": planned[worst].noise_multiplier,
+            "delta": spec.delta,
+            "epsilon": _finite(each[-1]),
+            "epsilon_rdp": _finite(rdp),
+            "epsilon_after_round": [_finite(value) for value in each],
+        }
         sites = {
             site: {
                 "examples": sizes[site],
@@ -169,7 +179,7 @@ def _plan_examples(name: str, recipe: Recipe, examples: int | None, json: bool) 
             }
             for site, one in planned.items()
         }
-        print_json({**dict(zip(_PLAN_KEYS, values, strict=True)), "sites": sites})
+        print_json({**dict.fromkeys(_PLAN_KEYS), **known, **sums, "sites": sites})
         return
     say(f"{name}: differential privacy of each example")
     say(f"  clipping norm C       {spec.clip:g}, of each example's gradient")
@@ -177,6 +187,7 @@ def _plan_examples(name: str, recipe: Recipe, examples: int | None, json: bool) 
     say(f"  δ                     {spec.delta:g}")
     say(f"  neighbouring data     {ADJACENCY[spec.dp]}")
     say(f"  sampling              {SAMPLING}")
+    say(f"  secure sums           {told} (over a network)")
     say("")
     rows = [
         (
