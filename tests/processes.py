@@ -37,6 +37,9 @@ PLACES: dict[str, list[tuple[str, str | None, str]]] = {
     "journal.commit": [("federation.journal", "Journal", "commit")],
     "journal.keep_update": [("federation.journal", "Journal", "keep_update")],
     "journal.put": [("federation.journal", "Journal", "put")],
+    "journal.drop": [("federation.journal", "Journal", "drop")],
+    "ledger.charge": [("federation.ledger_file", "LedgerFile", "charge")],
+    "private.mean": [("federation.private_rounds", "PrivateRounds", "mean")],
     "forget_before": [("federation.folder", "RunFolder", "forget_before")],
     "forget": [("federation.shelf", "FolderShelf", "forget")],
     "write_state": [("federation.global_model", "MemoryModel", "_write")],
@@ -105,6 +108,7 @@ class Nursery:
         resume: bool = False,
         death: Death | None = None,
         keep_updates_over_s: float = 1.0,
+        ledger: Path | None = None,
     ) -> int:
         """Fork a run; returns its process id. What it prints goes to the log."""
         return self._ask(
@@ -114,6 +118,7 @@ class Nursery:
                 "resume": resume,
                 "death": asdict(death) if death else None,
                 "keep_updates_over_s": keep_updates_over_s,
+                "ledger": str(ledger) if ledger else None,
                 "log": str(self.log),
             }
         )
@@ -206,7 +211,10 @@ def _run(request: dict[str, Any]) -> int:
         _arm(Death(**request["death"]), os.getpid())
     try:
         commonweight.launch.run(
-            Recipe.model_validate(request["recipe"]), Path(request["output"]), resume=request["resume"]
+            Recipe.model_validate(request["recipe"]),
+            Path(request["output"]),
+            resume=request["resume"],
+            ledger=Path(request["ledger"]) if request["ledger"] else None,
         )
     except CommonweightError as error:
         print(error.message, flush=True)
