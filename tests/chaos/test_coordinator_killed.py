@@ -30,6 +30,7 @@ _STEPS = {
     "coordinator.frame_files:FrameWriter.finish": ("before 2", "after 4"),
     "coordinator.frame_files:Blobs.put": ("before 2", "after 8"),
     "coordinator.frame_files:Blobs.put_bytes": ("before 3", "after 4"),
+    "coordinator.store:Store.charge": ("before 1", "after 2"),
     "coordinator.store:Store.commit": ("before 1", "after 1", "before 2", "after 2", "before 4", "after 4"),
     "coordinator.journal:spend": ("before 2", "after 3"),
     "coordinator.conduct:NetworkShelf.forget": ("before 1", "after 3"),

@@ -156,13 +156,25 @@ class World(Federation):
     # --- runs
 
     def propose(
-        self, sites: Sequence[str], *, rounds: int = 3, patience_s: float = 60.0, **federation: Any
+        self,
+        sites: Sequence[str],
+        *,
+        rounds: int = 3,
+        patience_s: float = 60.0,
+        privacy: Mapping[str, Any] = MappingProxyType({}),
+        **federation: Any,
     ) -> Callable[[], str]:
         """A signed job. What is returned submits it: the same job, whenever it is called."""
         settings = {"rounds": rounds, "patience_s": patience_s, **federation}
         evaluation = {"controls": [], "every": rounds, "samples": 0}
         recipe = Recipe.model_validate(
-            {"name": "noise", "federation": settings, "evaluation": evaluation, "output": {"keep_rounds": 1}}
+            {
+                "name": "noise",
+                "federation": settings,
+                "privacy": dict(privacy),
+                "evaluation": evaluation,
+                "output": {"keep_rounds": 1},
+            }
         )
         frame = frame_of({"theta": self.theta}, plan_for(self.theta.layout, (Channel("theta"),), self.chunk_bytes))
         with self.client() as client:

@@ -88,6 +88,32 @@ def test_a_hundred_releases_at_one_are_not_one() -> None:
     assert epsilon(each, 1e-5) == pytest.approx(10.39, abs=0.01)
 
 
+def test_the_central_limit_promises_too_much() -> None:
+    """Sampled training as if it were one Gaussian release, of μ = q·√(T(e^(1/σ²) − 1)): it says ε = 5.06, where the
+    truth lies above 5.18."""
+    sampling, sigma, steps = 0.01, 1.1, 10_000
+    mu = sampling * math.sqrt(steps * math.expm1(sigma**-2))
+    promised = epsilon(Releases(1 / mu, 1), 1e-5)
+    assert promised == pytest.approx(5.06, abs=0.01)
+    assert gaussian_delta(1 / mu, promised) <= 1e-5, "of the wrong mechanism"
+    assert promised < 5.1826 < epsilon(Releases(sigma, steps, sampling), 1e-5)
+
+
+@pytest.mark.parametrize("norm", [10.0, 100.0])
+def test_noise_without_clipping_promises_nothing(norm: float) -> None:
+    """Noise for ε = 8 at δ = 1e-5 and updates of norm 1: who sends one of norm 10 is recognised almost surely."""
+    sigma = analytic_gaussian(8, 1e-5)
+    assert gaussian_delta(sigma, 8, sensitivity=1.0) <= 1e-5
+    assert gaussian_delta(sigma, 8, sensitivity=norm) > 0.999
+
+
+def test_costs_of_single_releases_do_not_add_up_to_that_of_all() -> None:
+    """Neither way: a hundred of ε = 0.5 are less than 50 together, and much more than 0.5."""
+    z = analytic_gaussian(0.5, 1e-5)
+    together = epsilon(Releases(z, 100), 1e-5)
+    assert 5 < together < 10
+
+
 def test_no_noise_is_no_privacy_and_no_release_costs_nothing() -> None:
     assert epsilon(Releases(0, 1), 1e-5) == epsilon_by_rdp(Releases(0, 1), 1e-5) == math.inf
     assert epsilon(Releases(1, 0), 1e-5) == epsilon_by_rdp(Releases(0, 0), 1e-5) == epsilon_of_all([], 1e-5) == 0

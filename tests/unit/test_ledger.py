@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commonweight.coordinator import tables
-from commonweight.coordinator.store import LeaseLost, Store, StoreLedger
+from commonweight.coordinator.store import Store
 from commonweight.errors import BudgetError, StateError
 from commonweight.federation.global_model import MemoryModel
 from commonweight.federation.journal import Journal
@@ -26,7 +26,6 @@ from commonweight.privacy.accounting import Releases, epsilon, epsilon_of_all
 from commonweight.privacy.spending import UNPROTECTED, Budget, Spend, cost
 from commonweight.recipe import Recipe
 from tests.unit.command_line import call
-from tests.unit.stores import Clock, add_run, lead
 from tests.unit.test_private_runs import private, theta_of
 
 MakeRecipe = Callable[..., Recipe]
@@ -75,6 +74,26 @@ def test_a_budget_lets_through_what_fits_and_nothing_more(noises: list[float], a
             before.append(more)
         assert cost(before, "site", 1e-5) <= allowed
         assert budget(allowed).left(before) == pytest.approx(allowed - cost(before, "site", 1e-5))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    before=st.lists(st.sampled_from([SITE, Spend("site", "banded-toeplitz", 2.5, count=3)]), max_size=5),
+    z=st.floats(0.5, 20),
+    more=st.integers(1, 9),
+    wider=st.floats(1.0, 3),
+    unit=st.sampled_from(["site", "example"]),
+)
+def test_a_ledger_never_falls_and_more_noise_never_costs_more(
+    before: list[Spend], z: float, more: int, wider: float, unit: Any
+) -> None:
+    spent, one = cost(before, unit, 1e-5), Spend("site", "gaussian", z)
+    after = cost([*before, one], unit, 1e-5)
+    assert after >= spent
+    assert cost([*before, *[one] * more], unit, 1e-5) >= after
+    assert cost([*before, Spend("site", "gaussian", z * wider)], unit, 1e-5) <= after * (1 + 1e-9)
+    assert cost([one, *before], unit, 1e-5) == pytest.approx(after, rel=1e-9)
+    assert cost([*before, one], "example", 1e-5) >= cost([*before, one], "site", 1e-5)
 
 
 def test_accounts_by_site_and_unit() -> None:
@@ -288,42 +307,7 @@ def test_wrong_calls_are_explained(tmp_path: Path) -> None:
     assert (other.code, "added up at δ = 1e-05" in other.err) == (2, True)
 
 
-# --- a coordinator's --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(f"sqlite:///{tmp_path / 'state.sqlite'}", clock=Clock()) as found:
-        add_run(found)
-        add_run(found, "r2")
-        yield found
-
-
-def test_a_coordinators_budget_is_of_all_runs_together(store: Store) -> None:
-    limit = budget(epsilon(Releases(4.0, 3), 1e-5))
-    first, second = StoreLedger(store, lead(store), limit), StoreLedger(store, lead(store, "r2"), limit)
-    both = {"a": SITE, "b": SITE}
-    for _ in range(2):
-        first.charge(1, both)
-        first.charge(2, both)
-    second.charge(1, {"a": SITE})
-    with pytest.raises(BudgetError, match="site 'a'"):
-        second.check(2, both)
-    with pytest.raises(BudgetError, match="site 'a'"):
-        second.charge(2, both)
-    second.charge(1, {"a": SITE})
-    counted = {(line.run, line.site): line.spend.count for line in store.spent()}
-    assert counted == {("small (r1)", "a"): 2, ("small (r1)", "b"): 2, ("small (r2)", "a"): 1}
-    StoreLedger(store, lead(store), None).charge(3, dict.fromkeys("abc", UNPROTECTED))  # no budget, but it is known
-    assert cost([line.spend for line in store.spent() if line.site == "c"], "site", 1e-5) == math.inf
-
-
-def test_who_no_longer_leads_a_run_charges_nobody(store: Store) -> None:
-    before = StoreLedger(store, lead(store), None)
-    lead(store)
-    with pytest.raises(LeaseLost):
-        before.charge(1, {"a": SITE})
-    assert store.spent() == []
+# --- a coordinator's (more of it: test_store.py) ------------------------------------------------------------------
 
 
 def test_what_was_spent_before_there_was_a_ledger_is_in_it(tmp_path: Path) -> None:

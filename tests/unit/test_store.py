@@ -27,12 +27,15 @@ from commonweight.coordinator.store import (
     LeaseLost,
     Store,
     StoreJournal,
+    StoreLedger,
     verify_chain,
     verify_head,
 )
-from commonweight.errors import AccessError, StateError
+from commonweight.errors import AccessError, BudgetError, StateError
 from commonweight.federation.round import Answered, Committed, DeadlinePassed, Failed, Phase, Round, Verdict
 from commonweight.federation.version import Version
+from commonweight.privacy.accounting import Releases, epsilon
+from commonweight.privacy.spending import UNPROTECTED, Budget, Spend, cost
 from commonweight.wire.refusals import Refusal, Refused
 from tests.postgres import Cluster, postgres  # noqa: F401  (a fixture)
 
@@ -52,6 +55,7 @@ from .stores import (
 )
 
 R = TypeVar("R")
+SPEND = Spend("site", "gaussian", 4.0)
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
 
 
@@ -575,6 +579,8 @@ LEASED: dict[str, Callable[[Store, Lease], Any]] = {
     "add_tasks": lambda store, lease: store.add_tasks(lease, [task("a", 3)]),
     "withdraw": lambda store, lease: store.withdraw(lease, ["r1-2-a-train"], "no more needed"),
     "drop_result": lambda store, lease: StoreJournal(store, lease).drop("kept"),
+    "drop_noise": lambda store, lease: store.drop_noise(lease),
+    "charge": lambda store, lease: StoreLedger(store, lease, None).charge(2, {"a": SPEND}),
     "give_up": lambda store, lease: store.give_up(lease, "r1-2-a-train", ["a"], "it is away"),
 }
 
@@ -602,6 +608,7 @@ def led(store: Store) -> Lease:
     add_run(store)
     lease = lead(store)
     store.put_result(lease, "kept", {})
+    store.put_result(lease, "noise/0002", {})
     open_round(store, lease)
     close_round(store)
     open_round(store, lease, 2)
@@ -1148,11 +1155,62 @@ def test_the_tables_hold_nothing_that_a_test_here_did_not_fill(store: Store, led
     store.put_member("r1", "a", "joined")
     store.add_events("r1", ["{}"])
     store.attend("a", "A", "s1")
-    for name in ("bind", "put_result", "commit"):
+    for name in ("bind", "put_result", "commit", "charge"):
         LEASED[name](store, led)
     assert {name for name, rows in everything(store).items() if not rows} == set()
     assert set(everything(store)) == {table.name for table in tables.metadata.sorted_tables}
     assert sa.inspect(store.database._writers).get_table_names()
+
+
+# --- the ledger ---------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_is_of_all_runs_together(store: Store) -> None:
+    limit = Budget(unit="site", epsilon=epsilon(Releases(4.0, 3), 1e-5), delta=1e-5)
+    for run in ("r1", "r2"):
+        add_run(store, run)
+    first, second = (StoreLedger(store, lead(store, run), limit) for run in ("r1", "r2"))
+    both = {"a": SPEND, "b": SPEND}
+    for _ in range(2):
+        first.charge(1, both)
+        first.charge(2, both)
+    second.charge(1, {"a": SPEND})
+    for refused in (second.check, second.charge):
+        with pytest.raises(BudgetError, match="site 'a': the budget is ε = "):
+            refused(2, both)
+    second.charge(1, {"a": SPEND})  # it has paid for that round
+    counted = {(line.run, line.site): line.spend.count for line in store.spent()}
+    assert counted == {("small (r1)", "a"): 2, ("small (r1)", "b"): 2, ("small (r2)", "a"): 1}
+    StoreLedger(store, lead(store), None).charge(3, {"c": UNPROTECTED})  # no budget, but it is known
+    assert cost([line.spend for line in store.spent() if line.site == "c"], "site", 1e-5) == float("inf")
+
+
+def test_runs_at_the_same_time_do_not_overspend(another: Callable[[], Store]) -> None:
+    stores, runs = [another(), another()], ["r1", "r2", "r3", "r4"]
+    limit = Budget(unit="site", epsilon=epsilon(Releases(4.0, 10), 1e-5), delta=1e-5)
+    for run in runs:
+        add_run(stores[0], run)
+    leases = [lead(stores[0], run) for run in runs]
+
+    def spend(place: int) -> int:
+        ledger = StoreLedger(stores[place % 2], leases[place], limit)
+        for round in range(1, 7):
+            try:
+                ledger.charge(round, {"a": SPEND})
+            except BudgetError:
+                return round - 1
+        return 6
+
+    found = at_once(4, spend)
+    assert sum(done for done in found if isinstance(done, int)) == 10, found
+    assert sum(line.spend.count for line in stores[1].spent()) == 10
+
+
+def test_noise_of_a_run_that_has_ended_is_struck_out(store: Store, led: Lease) -> None:
+    store.put_result(led, "noisy", {"loss": 1})
+    store.drop_noise(led)
+    assert store.result("r1", "noise/0002") is None
+    assert store.result("r1", "noisy") == {"loss": 1}
 
 
 # --- versions
