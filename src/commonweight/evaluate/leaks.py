@@ -47,7 +47,7 @@ def verdict(audit: Audit) -> str:
     if audit["verdict"] == "exceeded":
         return (
             f"FAILED: the canaries show {bound}, above the ε of {number(claim['epsilon'])} that is claimed for a row. "
-            "The claim is wrong, or something beside the model’s rows tells the canaries apart."
+            "The claim is wrong, or this is the one run in twenty that looks so by chance: repeat it with another seed."
         )
     if claim["epsilon"] is None:
         return f"The canaries show {bound}. The run claims no bound (ε = ∞)."
