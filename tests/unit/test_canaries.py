@@ -122,6 +122,13 @@ def test_a_recipe_that_asks_for_nonsense_is_refused(make_recipe: Make, spec: Any
         make_recipe(privacy={"canaries": spec})
 
 
+def test_a_canary_that_is_there_twice_is_no_single_example(make_recipe: Make) -> None:
+    privacy = {"dp": "example", "clip": 0.5, "delta": 1e-5, "epsilon": 8, "canaries": {"count": 8, "repeat": 2}}
+    with pytest.raises(ValueError, match="covers a single example"):
+        make_recipe(privacy=privacy)
+    make_recipe(privacy={**privacy, "canaries": {"count": 8}})
+
+
 def test_over_a_network_they_are_refused(make_recipe: Make) -> None:
     recipe = make_recipe(privacy={"canaries": {"count": 8}})
     check_methods(recipe)

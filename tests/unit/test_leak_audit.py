@@ -121,8 +121,9 @@ def test_a_claim_below_the_bound_fails_with_its_own_exit_code(copied: Path) -> N
     assert "FAILED" in (copied / "report.html").read_text()
 
 
-def test_a_private_run_is_not_found_to_break_its_claim(make_recipe: Make, tmp_path: Path) -> None:
-    privacy = {"dp": "site", "clip": 0.5, "delta": 1e-5, "noise_multiplier": 0.6, "canaries": {"count": 40}}
+@pytest.mark.parametrize("unit", ["site", "example"])
+def test_a_private_run_is_not_found_to_break_its_claim(unit: str, make_recipe: Make, tmp_path: Path) -> None:
+    privacy = {"dp": unit, "clip": 0.5, "delta": 1e-5, "noise_multiplier": 0.6, "canaries": {"count": 40}}
     run(make_recipe(privacy=privacy, federation={"rounds": 2, "weighting": "uniform"}), tmp_path / "run")
     found = audit_run(tmp_path / "run")
     assert found["verdict"] == "not exceeded"

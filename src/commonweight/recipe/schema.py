@@ -685,6 +685,15 @@ class PrivacySpec(Section):
     )
 
     @model_validator(mode="after")
+    def _a_canary_is_one_example(self) -> Self:
+        if self.dp == "example" and self.canaries.repeat > 1:
+            raise ValueError(
+                f"dp: example covers a single example, and canaries.repeat {self.canaries.repeat} makes a group of "
+                "each canary; use repeat: 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _whole_or_nothing(self) -> Self:
         names = ("clip", "delta", "epsilon", "noise_multiplier", "adaptive_clip")
         given = [name for name in names if getattr(self, name) is not None]
