@@ -58,10 +58,10 @@ class Attack:
 
     def share(self, seen: Callable[[NamedTensors], NamedTensors]) -> tuple[float, float]:
         found, chance = [], []
-        for update, tokens in self.updates():
-            near = distances(seen(update), self.first, base=self.base)
-            found.append(recovered(near, self.candidates, tokens))
-            chance.append(len(tokens) / len(self.candidates))
+        for number, (update, tokens) in enumerate(self.updates()):
+            for shares, looked_at in ((found, seen(update)), (chance, self.steps.random(number, 0))):
+                near = distances(looked_at, self.first, base=self.base)
+                shares.append(recovered(near, self.candidates, tokens))
         return float(np.mean(found)), float(np.mean(chance))
 
 

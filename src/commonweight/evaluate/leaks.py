@@ -92,7 +92,11 @@ def _rate(rate: Mapping[str, Any]) -> str:
 def span_rows(audit: Audit) -> list[dict[str, str]]:
     found = audit["token_span"]
     rows = [{"name": sentence(what), "share": percent(share)} for what, share in found.get("recovered", {}).items()]
-    return [*rows, {"name": "By chance", "share": percent(found["chance"])}] if rows else []
+    return (
+        [*rows, {"name": "By chance: random numbers in the update’s place", "share": percent(found["chance"])}]
+        if rows
+        else []
+    )
 
 
 def span_explained(audit: Audit) -> str:

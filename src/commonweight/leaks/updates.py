@@ -27,8 +27,9 @@ from ..seeding import derive_seed
 from ..train.local import LocalWork, Participant
 from ..train.sft import SupervisedFineTuning
 
-#: texts that are looked for, and the most of the vocabulary that they are looked for in
+#: texts that are looked for, spans of random rows for each, and the most of the vocabulary that texts are looked for in
 TEXTS = 8
+RANDOM = 4
 CANDIDATES = 8192
 
 
@@ -42,8 +43,8 @@ def token_span(result: Result, texts: Tokens, privacy: Mapping[str, Any]) -> dic
 
     Returns:
         `recovered`: by what is looked at, the share of a text's different tokens that was found, a mean over texts;
-        `chance`, `tokens` (different ones a text), `dimensions` (of the span) likewise, and the number of `texts`; or
-        `why_not` alone.
+        `chance` (the same with random numbers for an update), `tokens` (different ones a text), `dimensions` (of the
+        span), and the number of `texts`; or `why_not` alone.
     """
     recipe = result.recipe
     if recipe.model.adapter.kind not in LORA_KINDS:
@@ -57,13 +58,17 @@ def token_span(result: Result, texts: Tokens, privacy: Mapping[str, Any]) -> dic
         return {"why_not": "no adapted layer's input depends on a single token: the embeddings have positions"}
     steps = Steps.of(result)
     found: dict[str, list[float]] = {}
+    chance = []
     for text, different in zip(chosen, tokens, strict=True):
+        for draw in range(RANDOM):
+            near = distances(steps.random(text, draw), first, base=base)
+            chance.append(recovered(near, candidates, different))
         for what, update, floor in steps.seen(texts.subset([text]), text, privacy):
             near = distances(update, first, base=base, floor=floor)
             found.setdefault(what, []).append(recovered(near, candidates, different))
     return {
         "recovered": {what: float(np.mean(shares)) for what, shares in found.items()},
-        "chance": float(np.mean([len(different) / len(candidates) for different in tokens])),
+        "chance": float(np.mean(chance)),
         "tokens": float(np.mean([len(different) for different in tokens])),
         "dimensions": len(first.layers) * recipe.model.adapter.r,
         "texts": len(chosen),
@@ -111,6 +116,14 @@ class Steps:
             noise = GaussianNoise(derive_seed(recipe.seed, "noise", number).to_bytes(32, "big"))
             noisy = private(plain, NoisyMean(privacy["clip"], privacy["noise_multiplier"], 1, noise), scale)
             yield f"{what}, clipped and with the run's noise", noisy, ROUNDING
+
+    def random(self, text: int, draw: int) -> NamedTensors:
+        """Random numbers in an update's place."""
+        drawn = self.participant.trainables.shared.clone()
+        generator = torch.Generator().manual_seed(derive_seed(self.recipe.seed, "audit", "random", text, draw))
+        for _, flat in drawn.floating():
+            flat.copy_(torch.randn(len(flat), generator=generator))
+        return drawn
 
     def update(self, text: Tokens, optimizer: str) -> NamedTensors:
         """θᵢ − θ after one step on one text, of what sites send."""
