@@ -86,7 +86,8 @@ def submit(
         loaded, left_out = networked(loaded)
         for what in left_out:
             note(what)
-        prepared = prepare(loaded, client.identity, sites=site or (), purpose=purpose)
+        enrolled = sum(one["state"] == "active" for one in client.sites())
+        prepared = prepare(loaded, client.identity, sites=site or (), purpose=purpose, enrolled=enrolled)
         run = client.submit(prepared.signed, prepared.tensors, prepared.frame)
         if not watch:
             _say_submitted(client, run, prepared.model, loaded.name, json)

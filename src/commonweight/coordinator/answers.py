@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import CommonweightError, SiteError
 from ..evaluate.metrics import Scores
-from ..federation.messages import ChainTask, EvaluateTask, SampleTask, Task
+from ..federation.messages import ChainTask, EvaluateTask, SampleTask, SumTask, Task
+from ..privacy.secure_aggregation.shamir import SHARE_BYTES
 from ..train.start import candidates
 from ..wire.messages import parse_json
 from ..wire.refusals import Refused
@@ -16,6 +18,9 @@ _MAX_STEPS = 10**9
 _MAX_ROWS = 10**6
 _MAX_GROUP = 64
 _MAX_TEXT = 20_000
+_MOST_CERTIFICATE = 1 << 14
+#: two shares, sealed
+_BOX_BYTES = 2 * SHARE_BYTES + 16
 #: a row's summed loss, its tokens, a count of rows: nothing real comes near, and sums of them stay finite and exact
 _MOST = 10**12
 #: how a site's rows came to be examples, for the report (data/partition_report.py)
@@ -66,7 +71,37 @@ def checked_result(task: Task, raw: bytes | None) -> dict[str, Any]:
             return {"answers": _answers(result.get("answers"), [site for site, _ in prompts])}
         case ChainTask():
             return _chain(task, result)
+        case SumTask(step=step, sites=sites):
+            return _of_sum(step, set(sites), result)
     return result
+
+
+def _of_sum(step: str, sites: set[str], result: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of a secure sum; whether it is signed and what was asked for, the collector says."""
+    match step:
+        case "keys":
+            certificate = result.get("certificate")
+            if not isinstance(certificate, str) or len(certificate) > _MOST_CERTIFICATE:
+                raise SiteError("its keys come without its certificate")
+            keys = {name: _hex(result.get(name), 32) for name in ("channel", "pair", "commitment")}
+            return {**keys, "signature": _hex(result.get("signature"), 64), "certificate": certificate}
+        case "shares":
+            return {"boxes": _by_site(result.get("boxes"), sites, _BOX_BYTES)}
+        case "consent":
+            return {"signature": _hex(result.get("signature"), 64)}
+    return {kind: _by_site(result.get(kind), sites, SHARE_BYTES) for kind in ("own", "pair")}
+
+
+def _by_site(value: Any, sites: set[str], num_bytes: int) -> dict[str, str]:
+    if not isinstance(value, dict) or not set(value) <= sites:
+        raise SiteError("its part in a secure sum is not by site")
+    return {site: _hex(text, num_bytes) for site, text in value.items()}
+
+
+def _hex(value: Any, num_bytes: int) -> str:
+    if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{2 * num_bytes}}}", value):
+        raise SiteError(f"its part in a secure sum is not {num_bytes} bytes in hex where it should be")
+    return value
 
 
 def _scored(value: Any, start: Mapping[str, Any] | None) -> dict[str, Any]:

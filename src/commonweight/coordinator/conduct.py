@@ -24,6 +24,7 @@ from ..federation.messages import Completed, TrainTask
 from ..federation.private_rounds import PrivateRounds, Seal
 from ..federation.record import Record
 from ..federation.run import FederatedRun
+from ..federation.secure_rounds import check_sums
 from ..federation.tally import Sites
 from ..strategies.asynchronous import AsynchronousStrategy
 from ..strategies.update import Update
@@ -31,6 +32,7 @@ from .context import Context
 from .engine import Cancelled, Led, NetworkEngine, Stopped
 from .plans import RunPlan
 from .roster import Roster
+from .secure_sums import NetworkSums
 from .store import LeaseLost, StoreJournal, StoreLedger
 from .stored_model import Combining, StoredModel
 from .versions import Versions
@@ -212,7 +214,9 @@ class Conductor:
         private = PrivateRounds.of(recipe, journal, len(first.names), self._seal())
         charges = Charges(recipe, StoreLedger(self.store, self.led.lease, here.settings.privacy_budget))
         relays = tuple(recipe.federation.relays)
-        model = StoredModel(strategy, here.files(self.run_id), plan.initial.digest, private, relays)
+        check_sums(recipe, len(first.names))
+        secure = NetworkSums(engine, journal, here.authority.certificate_pem) if plan.secure else None
+        model = StoredModel(strategy, here.files(self.run_id), plan.initial.digest, private, relays, secure)
         trainable = sum(plan.layout.numels.values())
         events.emit(
             "engine_started",
@@ -233,7 +237,17 @@ class Conductor:
             sites = versions.sites
         else:
             federated = FederatedRun(
-                recipe, roster.sites, strategy, model, engine, journal, shelf, events, evaluation, charges=charges
+                recipe,
+                roster.sites,
+                strategy,
+                model,
+                engine,
+                journal,
+                shelf,
+                events,
+                evaluation,
+                secure,
+                charges=charges,
             )
             self._rounds(federated, events, recipe.federation.retries, recipe.federation.patience_s)
             sites = federated.sites

@@ -24,11 +24,13 @@ from ..federation.messages import (
     EvaluateTask,
     Outcome,
     SampleTask,
+    SumTask,
     Task,
     TrainTask,
 )
 from ..federation.round import DeadlinePassed, Failed, Phase, Round
 from ..model.tensors import NamedTensors
+from ..privacy.secure_aggregation.graph import majority
 from ..wire.partial import parse_partial
 from ..wire.protocol_pb2 import SignedPartial
 from .access import ACTIVE
@@ -128,7 +130,7 @@ class NetworkEngine:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def row(self, task: Task, round: int, deadline_at: float | None, attempt: int = 0) -> TaskRow:
-        kind, site = _KINDS[type(task)], site_of(task)
+        kind, site = task.step if isinstance(task, SumTask) else _KINDS[type(task)], site_of(task)
         return TaskRow(
             id=self.task_id(task, kind, site, round, attempt),
             run=self.run_id,
@@ -163,7 +165,7 @@ class NetworkEngine:
 def site_of(task: Task) -> str:
     """The one site that a task is for: over a network no task is for several."""
     match task:
-        case TrainTask(site=site):
+        case TrainTask(site=site) | SumTask(site=site):
             return site
         case EvaluateTask(sites=(site,)) | ChainTask(sites=(site,)):
             return site
@@ -179,9 +181,11 @@ class Errand:
         self.engine, self.tasks, self.store = engine, tasks, engine.store
         self.spec = engine.plan.recipe.federation
         trains = [task for task in tasks if isinstance(task, TrainTask)]
-        self.round = trains[0].round if trains else 0
+        of_a_round = [task for task in tasks if isinstance(task, TrainTask | SumTask)]
+        self.round = of_a_round[0].round if of_a_round else 0
         self.trains = {task.site: task for task in trains}
-        deadline_at = self.store.database.clock() + deadline_s if deadline_s is not None and trains else None
+        self.secure = next((task.secure for task in trains), None)
+        deadline_at = self.store.database.clock() + deadline_s if deadline_s is not None and of_a_round else None
         self.deadline_at = deadline_at
         self.rows = [engine.row(task, self.round, None) for task in tasks]
         self.outcome_of: dict[int, Outcome] = {}
@@ -220,22 +224,23 @@ class Errand:
         # before the round: an answer that is accepted meanwhile ends its task too, and must not look lost
         known = {row.id: row for row in self.store.tasks(lease.run, self.round)}
         if self.trains:
-            fresh = new_round(self.round, tuple(self.trains), self.spec, self.engine.num_sites)
+            least = majority(len(self.secure["sites"])) if self.secure is not None else 0
+            fresh = new_round(self.round, tuple(self.trains), self.spec, self.engine.num_sites, least=least)
             found = self.store.round_state(lease.run, self.round)
-            if found is not None and found[0].phase is Phase.ABANDONED:
-                fresh = reopened(found[0])
+            if found is not None and found[0].phase is Phase.ABANDONED and self.secure is None:
+                fresh = reopened(found[0])  # rows that were masked for another attempt are of no use in this one
             round, _ = self.store.open_round(lease, fresh, self.engine.base)
         waiting = set(round.waiting) if round is not None else set[str]()
         new = []
         for index, task in enumerate(self.tasks):
-            lost = round is not None and isinstance(task, TrainTask) and task.site in round.waiting
+            lost = isinstance(task, TrainTask) and task.secure is None and task.site in waiting
             standing, attempt = self._standing(task, known, lost=lost)
             if standing is not None:
                 self.rows[index] = standing
-                if isinstance(task, TrainTask):
+                if isinstance(task, TrainTask | SumTask):
                     self.deadline_at = standing.deadline_at
             elif not isinstance(task, TrainTask) or task.site in waiting:
-                deadline_at = self.deadline_at if isinstance(task, TrainTask) else None
+                deadline_at = self.deadline_at if isinstance(task, TrainTask | SumTask) else None
                 self.rows[index] = self.engine.row(task, self.round, deadline_at, attempt)
                 new.append(self.rows[index])
         self.store.add_tasks(lease, [*new, *self._relay_tasks(waiting, known)])
@@ -266,6 +271,9 @@ class Errand:
         if self.deadline_at is None:
             return _LOOK_S
         return max(0.01, min(_LOOK_S, self.deadline_at - self.store.database.clock()))
+
+    def _deadline_passed(self) -> bool:
+        return self.deadline_at is not None and self.store.database.clock() >= self.deadline_at
 
     # --- looking at what is known
 
@@ -323,7 +331,8 @@ class Errand:
         known = {row.id: row for row in self.store.tasks(self.engine.run_id, self.round)}
         row = known[self.rows[index].id]
         _, attempts = self._standing(self.tasks[index], known, lost=True)
-        if row.state != "refused" and attempts <= self.spec.retries:
+        # two rows under the same masks would show their difference: who has failed within a secure sum is lost to it
+        if row.state != "refused" and attempts <= self.spec.retries and self.secure is None:
             self.engine.events.emit("task_repeated", round=self.round, site=row.site, reason=row.reason)
             self.rows[index] = self.engine.row(self.tasks[index], self.round, self.deadline_at, attempts)
             self.store.add_tasks(self.engine.led.lease, [self.rows[index]])
@@ -335,10 +344,11 @@ class Errand:
         name = self.rows[index].id
         if state in OPEN:
             away = self.engine.presence.away_for(site)
-            if away is not None and away > self.spec.patience_s:
-                reason = f"the site has been away for {away:.0f} s"
+            over = isinstance(task, SumTask) and self._deadline_passed()
+            if over or (away is not None and away > self.spec.patience_s):
+                reason = "the deadline passed" if over else f"the site has been away for {away:.0f} s"
                 self.store.withdraw(self.engine.led.lease, [name], reason)
-                self._decide(index, Dropped(task, reason))
+                self._decide(index, Dropped(task, reason, late=True))
             return
         row = self.store.task(name)
         assert row is not None
@@ -352,7 +362,7 @@ class Errand:
 
     def _absences(self, round: Round) -> Round:
         """Give up sites that have been away for too long, if the quorum can be had without them; and the deadline."""
-        if self.deadline_at is not None and self.store.database.clock() >= self.deadline_at:
+        if self._deadline_passed():
             self.store.apply(self.engine.run_id, self.round, DeadlinePassed(self.round), lease=self.engine.led.lease)
             return self._round_now() or round
         waiting = set(round.waiting)

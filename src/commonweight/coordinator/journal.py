@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from ..errors import StateError
+from ..federation.messages import SUM_STEPS
 from ..federation.round import Committed
 from ..federation.version import Version
 from .audit import append
@@ -20,7 +21,7 @@ from .database import Part, Writing, reading, upsert, writing
 from .leases import Lease, hold
 from .rounds import locked, tell
 from .tables import commits, identities, results, tasks
-from .tasks import withdraw_where
+from .tasks import erase_sums, withdraw_where
 from .uploads import spend
 
 if TYPE_CHECKING:
@@ -91,8 +92,9 @@ class JournalPart(Part):
             over, reason = tasks.c.round < round.oldest, f"version {number} is committed, and it would be too stale"
             if round.following() is None:
                 reason = f"version {number}, the last, is committed"
-        of_rounds = tasks.c.kind.in_(["train", "relay"])
+        of_rounds = tasks.c.kind.in_(["train", "relay", *SUM_STEPS])
         withdraw_where(tx, run, over, of_rounds, reason=reason)
+        erase_sums(tx, run, number)
 
     @reading
     def last_round(self, connection: sa.Connection, run: str) -> int:

@@ -11,8 +11,10 @@ from typing import Any
 from ..codec.feedback import Coder, coder_of
 from ..errors import RecipeError, StateError
 from ..federation.asynchronous import check_asynchronous
+from ..federation.secure_rounds import check_sums
 from ..model.shapes import Shape, shapes_of
 from ..model.tensors import Layout
+from ..privacy.secure_aggregation.rows import MASKED, row_layout
 from ..recipe.load import check_methods, parse_recipe
 from ..recipe.schema import Recipe
 from ..registry import built_in, is_listed, resolve
@@ -54,6 +56,8 @@ class RunPlan:
         plan = cls(job, recipe)
         strategy = plan.strategy(1)
         check_asynchronous(recipe, len(job.sites) or None)
+        if job.sites:
+            check_sums(recipe, len(job.sites))
         if not isinstance(strategy, Combining):
             raise RecipeError(
                 f"federation.strategy {name!r} is none of the kinds that a coordinator, which combines from files, can "
@@ -109,13 +113,22 @@ class RunPlan:
         """What updates are made small by; None: nothing."""
         return coder_of(self.recipe.compression, self.layout, self.recipe.seed, len(self.update_channels))
 
+    @property
+    def secure(self) -> bool:
+        """Whether updates come masked."""
+        return self.recipe.privacy.secure_aggregation == "on"
+
     def update_layout(self, site: str) -> Layout:
         """Of the tensors that a site sends."""
+        if self.secure:
+            return row_layout(self.layout)
         shape = self.shapes.get(site)
         return self.layout if shape is None else shape.layout
 
     @cached_property
     def update_channels(self) -> tuple[str, ...]:
+        if self.secure:
+            return (MASKED,)
         return self.strategy(1).update_channels
 
 

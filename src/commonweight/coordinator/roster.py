@@ -17,7 +17,9 @@ from ..federation.cohort import check_cohort, check_separation
 from ..federation.events import Events
 from ..federation.journal import RunJournal
 from ..federation.round import answers_needed
+from ..federation.secure_rounds import check_sums
 from ..federation.tally import Sites
+from ..privacy.secure_aggregation.graph import MIN_SITES
 from ..strategies.asynchronous import AsynchronousStrategy
 from .access import ACTIVE
 from .answers import checked_facts
@@ -109,7 +111,8 @@ class Roster:
         """Whether a round, or a version's buffer, can be filled by so many sites."""
         if self.buffer:
             return joined > 0 and self.spec.cohort.size(joined) >= self.buffer
-        return joined >= answers_needed(self.spec, size)
+        least = MIN_SITES if self.plan.secure else 0
+        return joined >= max(least, answers_needed(self.spec, size))
 
     def _refuse(self, joined: int, size: int) -> None:
         members = self.store.members(self.engine.run_id)
@@ -177,6 +180,7 @@ class Roster:
             joined, active = self.joined(), self._active()
             record = {"sites": [site for site in joined if site in active]}
             check_cohort(len(record["sites"]), self.spec)
+            check_sums(self.plan.recipe, len(record["sites"]))
             if not self.journal.last_round():
                 check_separation(len(record["sites"]), self.plan.recipe)
             self.journal.put(f"roster/{round:04d}", record)

@@ -12,7 +12,18 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 
 from ..errors import StateError
-from ..federation.round import ACCEPTED, Answered, Committed, DeadlinePassed, Event, Failed, Phase, Round, Verdict
+from ..federation.round import (
+    ACCEPTED,
+    Answered,
+    Committed,
+    DeadlinePassed,
+    Event,
+    Failed,
+    Phase,
+    Round,
+    Unopened,
+    Verdict,
+)
 from ..federation.version import Version, parsed
 from ..wire.refusals import Refusal
 from .database import Part, Writing, found, insert_if_new, reading, writing
@@ -93,14 +104,16 @@ class RoundsPart(Part):
     @writing
     def apply(self, tx: Writing, run: str, number: int, event: Event, *, lease: Lease | None = None) -> Verdict:
         """Tell a round, or of versions the latest, of an event. Any replica may tell that a site failed; only the
-        leader that time is up. An answer comes by `accept_upload` alone, and a commit by the journal's `commit` alone.
+        leader that time is up or that a sum stays closed. An answer comes by `accept_upload` alone, and a commit by the
+        journal's `commit` alone.
 
         Raises:
             LeaseLost: the lease is given and no longer holds.
             StateError: there is no such round.
             ValueError: the event is not to be told here, or not without a lease.
         """
-        if isinstance(event, Committed | Answered) or (isinstance(event, DeadlinePassed) and lease is None):
+        of_leader = isinstance(event, DeadlinePassed | Unopened)
+        if isinstance(event, Committed | Answered) or (of_leader and lease is None):
             raise ValueError(event)
         if lease is not None:
             hold(tx, lease)

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -28,7 +29,7 @@ from ..federation.private_rounds import PrivateRounds
 from ..federation.relays import merge_partials
 from ..model.clusters import channel_of
 from ..model.tensors import Entry, Layout, NamedTensors, bytes_of
-from ..privacy.secure_aggregation.rows import Totals
+from ..privacy.secure_aggregation.rows import RowCode, Totals
 from ..strategies.asynchronous import AsynchronousStrategy
 from ..strategies.base import ServerState, SumStrategy, WeightedSum
 from ..strategies.clusters.sketch import sketches_of
@@ -37,6 +38,7 @@ from ..strategies.update import Update
 from ..wire.frames import Channel, Piece, Plan
 from .coded_updates import CodedFile
 from .frame_files import FrameFiles, FrameWriter, StoredFrame
+from .masked_updates import MaskedUpdates
 from .stored_updates import WORKERS, InFiles, StoredPartial, StoredUpdate
 from .vault import SealedFile
 
@@ -68,6 +70,13 @@ class Stretches:
         return Layout(tuple(parts))
 
 
+class Opening(Protocol):
+    """What opens a round's masked sum."""
+
+    code: RowCode
+    masks: list[tuple[bytes, int]]
+
+
 class _Announcing(Protocol):
     """An engine whose participants fetch the global tensors by their frame's name."""
 
@@ -81,6 +90,7 @@ class StoredModel:
         initial: the digest of the frame with the initial θ.
         private: makes rounds' sums private; None: they are not.
         relays: in the order in which their sums are merged.
+        secure: updates come masked, and this opens their sum; None: they come as they are.
     """
 
     def __init__(
@@ -90,8 +100,10 @@ class StoredModel:
         initial: str,
         private: PrivateRounds | None = None,
         relays: Sequence[str] = (),
+        secure: Opening | None = None,
     ) -> None:
         self.strategy, self.files, self.initial, self.private = strategy, files, initial, private
+        self.secure = secure
         self.relays = tuple(relays)
         plan = files.open(initial).frame.plan
         slots = strategy.slot_names
@@ -199,19 +211,31 @@ class StoredModel:
                 self.strategy.merge(table)
             return
         strategy = self.strategy
+        if self.secure is not None:
+            with MaskedUpdates(self._updates, self.secure.code, self.secure.masks) as masked:
+                self.totals = masked.totals
+                self._each_piece(
+                    lambda piece: self._step(strategy, piece, places, lambda _, *stretch: masked.into(*stretch))
+                )
+            return
         alone = [(update, update.opened()) for update in self._updates if update.partial is None]
         regions = self._regions()
-        pieces = [piece for piece in self.base_plan.pieces if piece.channel == "theta"]
         try:
-            if len(pieces) == 1:
-                self._step(strategy, pieces[0], places, alone, regions)
-                return
-            with ThreadPoolExecutor(WORKERS) as pool:
-                for _ in pool.map(lambda piece: self._step(strategy, piece, places, alone, regions), pieces):
-                    pass
+            self._each_piece(
+                lambda piece: self._step(strategy, piece, places, partial(self._fold, strategy, alone, regions))
+            )
         finally:
             for file in [*(file for _, file in alone), *(region.file for region in regions)]:
                 file.close()
+
+    def _each_piece(self, step: Callable[[Piece], None]) -> None:
+        pieces = [piece for piece in self.base_plan.pieces if piece.channel == "theta"]
+        if len(pieces) == 1:
+            step(pieces[0])
+            return
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for _ in pool.map(step, pieces):
+                pass
 
     def _regions(self) -> list[_Region]:
         """The sums of relays, in the order in which they are merged."""
@@ -228,10 +252,9 @@ class StoredModel:
         strategy: SumStrategy | AsynchronousStrategy,
         piece: Piece,
         places: _Places,
-        alone: Sequence[tuple[StoredUpdate, SealedFile | CodedFile]],
-        regions: Sequence[_Region],
+        fill: Callable[[ServerState, WeightedSum, Piece], None],
     ) -> None:
-        """The strategy's whole round, on one stretch of elements."""
+        """The strategy's whole round, on one stretch of elements; `fill` folds it."""
         layout = self._stretches.layout_of(piece)
         theta = places.base.tensor(piece)
         slots = {name: places.read(name, piece) for name in strategy.slot_names}
@@ -242,11 +265,24 @@ class StoredModel:
         )
         if piece.dtype.is_floating_point:
             fold = strategy.open(state)
-            for update, file in alone:
-                fold.add(self._kept(update, stretch_of(update, file, piece, layout), piece))
-            merge_partials(fold, (region.fold(strategy, state, piece, layout) for region in regions))
+            fill(state, fold, piece)
             state = strategy.close(state, fold)
         places.put(piece, state)
+
+    def _fold(
+        self,
+        strategy: SumStrategy | AsynchronousStrategy,
+        alone: Sequence[tuple[StoredUpdate, SealedFile | CodedFile]],
+        regions: Sequence[_Region],
+        state: ServerState,
+        fold: WeightedSum,
+        piece: Piece,
+    ) -> None:
+        """Fold a stretch of every update."""
+        layout = self._stretches.layout_of(piece)
+        for update, file in alone:
+            fold.add(self._kept(update, stretch_of(update, file, piece, layout), piece))
+        merge_partials(fold, (region.fold(strategy, state, piece, layout) for region in regions))
 
     def _kept(self, update: StoredUpdate, stretch: Update, piece: Piece) -> Update:
         """A stretch as the strategy keeps it: one that keeps models is shown the same stretch of the version that the

@@ -11,6 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from ..federation.messages import SUM_STEPS
 from ..wire.refusals import Refusal, Refused
 from .database import Part, Writing, reading, writing
 from .leases import Lease, hold
@@ -25,7 +26,7 @@ class TaskRow:
     """A task for one site.
 
     Args:
-        kind: join, train, evaluate, chain, sample.
+        kind: join, train, evaluate, chain, sample; keys, shares, consent, reveal.
         body: JSON.
         base: hex digest of the frame to start from; empty for join.
         deadline_at: seconds since the epoch; None: none.
@@ -163,6 +164,13 @@ class TasksPart(Part):
         hold(tx, lease)
         withdraw_where(tx, lease.run, tasks.c.id == task, reason=reason)
         tx.publish(*(f"tasks/{site}" for site in sites))
+
+
+def erase_sums(tx: Writing, run: str, last_round: int) -> None:
+    """What sites have said for the secure sums of these rounds, and were told, is of no more use to anybody honest."""
+    of_sums = tasks.c.kind.in_(SUM_STEPS)
+    change = tasks.update().where(tasks.c.run == run, tasks.c.round <= last_round, of_sums)
+    tx.execute(change.values(body=b"{}", result=None))
 
 
 def withdraw_where(tx: Writing, run: str, *conditions: sa.ColumnElement[bool], reason: str) -> list[str]:

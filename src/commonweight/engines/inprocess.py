@@ -37,6 +37,7 @@ from ..federation.messages import (
     EvaluateTask,
     Outcome,
     SampleTask,
+    SumTask,
     Task,
     TrainTask,
 )
@@ -331,6 +332,8 @@ def _carry_out(hand: Hand, task: Task, slot: int | None) -> dict[str, Any]:
                 return {"result": hand.chain(task)}
             case SampleTask():
                 return {"result": hand.sample(task)}
+            case SumTask():
+                raise ValueError("a simulated site's part in a secure sum is not a worker's")
     except CommonweightError as error:
         return {"error": error.message + (f" ({error.hint})" if error.hint else "")}
     except Exception as error:  # a participant's code may raise anything; the round goes on without it

@@ -104,7 +104,33 @@ class SampleTask:
     state_in: str | None = None
 
 
-Task = TrainTask | EvaluateTask | ChainTask | SampleTask
+#: the steps of a secure sum that a site takes beside training, in order; over a network each is a kind of task
+SUM_STEPS = ("keys", "shares", "consent", "reveal")
+
+
+@dataclass(frozen=True)
+class SumTask:
+    """One step of a secure sum, by one site (`secure_rounds.py`). The result is the step's message, bytes as hex.
+
+    Args:
+        step: one of `SUM_STEPS`.
+        attempt: which of the round's; each has keys of its own.
+        sites: those invited to the sum, in the order of folding.
+        terms: what all of them are told alike (`Terms`).
+        said: what others have said so far. `shares`: each site's keys; `consent`: `survivors`; `reveal`: each
+            survivor's signature.
+    """
+
+    round: int
+    site: str
+    step: str
+    attempt: int
+    sites: tuple[str, ...]
+    terms: Mapping[str, Any]
+    said: Mapping[str, Any]
+
+
+Task = TrainTask | EvaluateTask | ChainTask | SampleTask | SumTask
 
 
 @dataclass(frozen=True)
@@ -118,7 +144,7 @@ class Completed:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A task will not be done: it failed for good, or (`late`) the deadline passed."""
+    """A task will not be done: it failed for good, or (`late`) the deadline passed or its site is away."""
 
     task: Task
     reason: str

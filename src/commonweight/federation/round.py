@@ -1,7 +1,7 @@
 """One round as a pure state machine: events in, a new state and a verdict out. No clock, no tensors, no network.
 
     OPEN ──(everyone answered or failed, or enough did, or the deadline passed)──► CLOSED ──(committed)──► COMMITTED
-      └────(too few answered, or too few still can)───────────────────────────────► ABANDONED
+      └────(too few answered, or too few still can)───────────────────────────────► ABANDONED ◄──(unopened)──┘
 
 An abandoned round leaves the model untouched. Each site is counted at most once, by its first answer; whatever comes
 after a round has closed is refused with a reason. The caller folds an update when, and only when, the verdict says so.
@@ -54,7 +54,14 @@ class Committed:
     round: int
 
 
-Event = Answered | Failed | DeadlinePassed | Committed
+@dataclass(frozen=True)
+class Unopened:
+    """The sum of what sites have answered cannot be opened: nothing of it is of use."""
+
+    round: int
+
+
+Event = Answered | Failed | DeadlinePassed | Committed | Unopened
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,8 @@ class Round:
                 return after._closed(), ACCEPTED
             case Committed():
                 return replace(self, phase=Phase.COMMITTED), ACCEPTED
+            case Unopened():
+                return replace(self, phase=Phase.ABANDONED), ACCEPTED
         return after._closed_if_decided(), ACCEPTED
 
     def _refusal(self, event: Event) -> str:
@@ -121,6 +130,8 @@ class Round:
             return f"it is for round {event.round}; round {self.number} is {self.phase.value}"
         if isinstance(event, Committed):
             return "" if self.phase is Phase.CLOSED else f"a round that is {self.phase.value} cannot be committed"
+        if isinstance(event, Unopened):
+            return "" if self.phase in (Phase.OPEN, Phase.CLOSED) else f"round {self.number} is {self.phase.value}"
         if self.phase is not Phase.OPEN:
             return f"round {self.number} is {self.phase.value}"
         if isinstance(event, DeadlinePassed):

@@ -5,8 +5,8 @@
     open    the survivors sign the list of survivors and reveal shares; the masks come off the sum
 
 In a simulation every site's part is played in this process (`SimulatedSums`), masks and all: it shows what a network
-would do, and hides nothing from anybody. Over a network the messages are tasks (`coordinator/secure_sums.py`). The bits
-of the result are the same (`privacy/secure_aggregation/rows.py`).
+would do, and hides nothing from anybody. Over a network the messages are tasks (`coordinator/secure_sums.py`,
+`site/sums.py`). The bits of the result are the same (`privacy/secure_aggregation/rows.py`).
 
 A round needs more than two thirds of the sites that it invites, whatever `federation.quorum` says, for two lists of
 survivors that are both signed by so many share an honest site. One that comes to nothing is repeated with fresh keys
@@ -15,6 +15,8 @@ and nothing of what was masked before.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -57,6 +59,17 @@ class Terms:
     def to_json(self) -> dict[str, Any]:
         counts = {"examples": self.most.examples, "label_tokens": self.most.label_tokens}
         return {"lr": self.lr, "correction": dict(self.correction), "most": counts}
+
+
+def config_of(job: bytes, base: str, terms: Mapping[str, Any]) -> bytes:
+    """What a networked session binds all its sites to, so that their messages fit only if they were told alike.
+
+    Args:
+        job: SHA-256 of the signed job.
+        base: digest of the frame that the round starts from.
+        terms: `Terms.to_json`, as it arrived.
+    """
+    return hashlib.sha256(json.dumps([job.hex(), base, terms], sort_keys=True).encode()).digest()
 
 
 class SecureRounds(Protocol):

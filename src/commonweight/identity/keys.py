@@ -32,8 +32,9 @@ JOB = b"commonweight job 1\n"
 PARTIAL = b"commonweight partial 1\n"
 AUDIT = b"commonweight audit 1\n"
 ENROL = b"commonweight enrol 1\n"
+SUM = b"commonweight sum 1\n"
 
-DOMAINS = frozenset({UPDATE, JOB, PARTIAL, AUDIT, ENROL})
+DOMAINS = frozenset({UPDATE, JOB, PARTIAL, AUDIT, ENROL, SUM})
 
 #: no file of an identity comes near this
 _MOST_BYTES = 1 << 16

@@ -11,9 +11,11 @@ from ..data.names import require_sites
 from ..engines.bench import Bench, build_bench, without_data
 from ..engines.handshake import handshake
 from ..errors import RecipeError
+from ..federation.secure_rounds import check_sums
 from ..identity.folder import IdentityFolder
 from ..identity.keys import JOB
 from ..model.tensors import NamedTensors
+from ..recipe.compatibility import secure_sums
 from ..recipe.load import check_methods
 from ..recipe.resolved import recipe_text
 from ..recipe.schema import Recipe
@@ -67,12 +69,14 @@ def prepare(
     sites: Sequence[str] = (),
     purpose: str = "",
     chunk_bytes: int = CHUNK_BYTES,
+    enrolled: int | None = None,
 ) -> Prepared:
-    """Make and sign a job.
+    """Make and sign a job. Whether its updates are summed securely is then no question any more: the job says so.
 
     Args:
         sites: who may be asked, in the order of folding; none: every site that is enrolled, now or later.
         purpose: what the data are used for; sites' policies list the purposes that they allow.
+        enrolled: how many sites are enrolled now, if `sites` names none.
 
     Raises:
         ModelError, RecipeError: the recipe cannot be carried out.
@@ -85,6 +89,9 @@ def prepare(
         require_sites(recipe.model.adapter.sites, sites, "model.adapter.sites")
         require_sites(recipe.model.adapter.budget, sites, "model.adapter.budget")
         require_sites(recipe.federation.relay_of, sites, "federation.relays")
+    recipe = with_sums_decided(recipe, len(sites) or enrolled)
+    if sites:
+        check_sums(recipe, len(sites))
     bench = model_bench(recipe)
     tensors = {"theta": bench.theta}
     frame = frame_of(tensors, plan_for(bench.theta.layout, (Channel("theta"),), chunk_bytes))
@@ -100,6 +107,17 @@ def prepare(
         submitted_at=time.time(),
     )
     return Prepared(sign(job, identity), tensors, frame, bench.base_digest)
+
+
+def with_sums_decided(recipe: Recipe, num_sites: int | None) -> Recipe:
+    """The recipe with `privacy.secure_aggregation` on or off, where it is auto.
+
+    Args:
+        num_sites: that the run is for; None: nobody knows.
+    """
+    on, _ = secure_sums(recipe, num_sites)
+    decided = {"secure_aggregation": "on" if on else "off"}
+    return recipe.model_copy(update={"privacy": recipe.privacy.model_copy(update=decided)})
 
 
 def sign(job: Job, identity: IdentityFolder) -> SignedJob:

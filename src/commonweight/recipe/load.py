@@ -88,11 +88,6 @@ def check_methods(recipe: Recipe, *, network: bool = False, objective: bool = Tr
                 )
             _check_method(kind, ("compression", stage), method)
     check_pairings(recipe, network=network)
-    if network and recipe.privacy.secure_aggregation == "on":
-        raise RecipeError(
-            "privacy.secure_aggregation on: runs over a network do not use secure sums yet",
-            hint="set it to off, or carry the recipe out by `commonweight run`",
-        )
     if network and recipe.privacy.canaries.count:
         raise RecipeError(
             "`privacy.canaries`: over a network nobody may see which canaries a site has planted and ask the model too",

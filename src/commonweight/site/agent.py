@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from .. import __version__
 from ..codec.coded import CODED
 from ..errors import AccessError, CommonweightError, PolicyError, SiteError, UnreachableError
-from ..federation.messages import TrainTask
+from ..federation.messages import SUM_STEPS, SumTask, TrainTask
 from ..identity.certificates import needs_renewal
 from ..identity.folder import IdentityFolder
 from ..identity.keys import UPDATE
@@ -46,6 +46,7 @@ from .outbox import Outbox, Parcel
 from .policy import PolicyFile
 from .records import SiteRecords
 from .settings import SiteSettings
+from .sums import SiteSums
 from .transfer import Leaving, Transfer
 from .workshop import Work, Workshop, reason_for_others
 
@@ -89,7 +90,7 @@ class _Item:
 
     @property
     def rank(self) -> tuple[bool, int]:
-        return self.task.kind not in ("join", "train"), self.number
+        return self.task.kind not in ("join", "train", *SUM_STEPS), self.number
 
     def tell(self, note: str) -> None:
         self.note = note
@@ -158,6 +159,7 @@ class Agent:
         self._own_log = log is None
         self.log: Log = log if log is not None else SiteLog(folder / "log.jsonl")
         self.gate = Gate(folder, lambda: self.identity, policy_file, records, audit, self.log, to=settings.address)
+        self.sums = SiteSums(lambda: self.identity, self.gate.policy, records)
         self.keep_after_s = keep_after_s
         self._own_executor = executor is None
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix=f"work-{settings.name}")
@@ -432,6 +434,10 @@ class Agent:
         task = item.task
         if task.kind == "join":
             result: Mapping[str, Any] = await self._do_work(item, lambda: self.workshop.join(known.job, item.tell))
+        elif task.kind in SUM_STEPS:
+            step = task_of(task, parse_json(task.body))
+            assert isinstance(step, SumTask)
+            result = await asyncio.to_thread(self.sums.answer, known, task, step)
         else:
             body, base = task_of(task, parse_json(task.body)), await self._base(item, known)
             result = await self._do_work(item, lambda: self._answered(item, body, base))
@@ -450,17 +456,23 @@ class Agent:
     async def _train(self, item: _Item, known: KnownJob) -> None:
         task, body = item.task, task_of(item.task, parse_json(item.task.body))
         site = self.identity.holder.name
+        assert isinstance(body, TrainTask)
+        if known.secure and body.secure is None:
+            raise PolicyError("the signed job promises that updates are seen in sums alone; this task wants one bare")
         parcel = await asyncio.to_thread(self.outbox.find, task.run, task.id, base=task.base, site=site)
         if parcel is None:
             base = await self._base(item, known)
             parcel = await self._do_work(item, lambda: self._trained(item, known, body, base))
+        if body.secure is not None:
+            where = (task.run, task.round, body.secure["attempt"], parcel.frame.digest)
+            await asyncio.to_thread(self.gate.records.send_row, *where)
         item.note = "sending the update"
         await self._push(item, known, parcel)
 
-    def _trained(self, item: _Item, known: KnownJob, body: Any, base: Mapping[str, NamedTensors]) -> Parcel:
-        """Train, and put the update on disk if it was dear. Blocks for as long as training takes."""
+    def _trained(self, item: _Item, known: KnownJob, body: TrainTask, base: Mapping[str, NamedTensors]) -> Parcel:
+        """Train, and put the update on disk if it was dear, or is masked and must not be made twice. Blocks for as long
+        as training takes."""
         task, began = item.task, time.monotonic()
-        assert isinstance(body, TrainTask)
         work = self.workshop.train(
             task.run,
             body,
@@ -469,9 +481,11 @@ class Agent:
             progress=item.tell,
             base_digest=task.base,
         )
+        if body.secure is not None:
+            work = self.sums.mask(known, task, body, work)
         took = time.monotonic() - began
         parcel = self._parcel(task, known, work)
-        if took > self.keep_after_s and not item.withdrawn:
+        if (took > self.keep_after_s or body.secure is not None) and not item.withdrawn:
             self.outbox.keep(task.run, task.id, parcel)
         return parcel
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import AccessError, PolicyError, SiteError
 from ..federation.folder import replacing, write_json
-from ..federation.messages import ChainTask, EvaluateTask, SampleTask, Task, TrainTask
+from ..federation.messages import SUM_STEPS, ChainTask, EvaluateTask, SampleTask, SumTask, Task, TrainTask
 from ..federation.private_rounds import spends_of
 from ..federation.tally import Sites
 from ..identity.certificates import Holder, verify_certificate
@@ -51,6 +51,7 @@ from .records import SiteRecords, TaskRecord
 
 #: what leaves in answer to a task of each kind; an update leaves by another way (transfer.py)
 ANSWERS = {"join": "facts", "evaluate": "scores", "chain": "scores", "sample": "samples"}
+ANSWERS |= dict.fromkeys(SUM_STEPS, "masks")
 KINDS = ("train", *ANSWERS)
 #: how a task ended, as its reply says it
 STATES = {"done": pb.TaskReply.DONE, "refused": pb.TaskReply.REFUSED, "failed": pb.TaskReply.FAILED}
@@ -67,15 +68,26 @@ class KnownJob:
     Args:
         job: what was signed.
         facts: what the policy wants to know of it.
+        digest: SHA-256 of what was signed.
         layout, chunk_bytes: of the run's tensors, and how they are cut.
-        federation: how the recipe wants updates combined.
     """
 
     job: pb.Job
+    digest: bytes
     facts: JobFacts
-    federation: FederationSpec
+    recipe: Recipe
     layout: Layout
     chunk_bytes: int
+
+    @property
+    def federation(self) -> FederationSpec:
+        """How the recipe wants updates combined."""
+        return self.recipe.federation
+
+    @property
+    def secure(self) -> bool:
+        """Whether the job promises that updates are seen in sums alone."""
+        return self.recipe.privacy.secure_aggregation == "on"
 
 
 class Gate:
@@ -135,7 +147,8 @@ class Gate:
         plan = parse_header(job.initial).plan
         recipe = validate(Recipe, read_source(job.recipe, "the job's recipe"))
         facts = _facts(job, recipe, holder, self._identity().holder.name)
-        return KnownJob(job, facts, recipe.federation, plan.layout, plan.chunk_bytes)
+        digest = hashlib.sha256(signed.job).digest()
+        return KnownJob(job, digest, facts, recipe, plan.layout, plan.chunk_bytes)
 
     def joined(self, run: str, facts: Mapping[str, Any]) -> None:
         """The site takes part; of privacy of its examples it is known from now on what a round costs.
@@ -168,6 +181,7 @@ class Gate:
         """A run that this site knew has ended. Folders of ended runs go, but for the `keep` latest; returns whose."""
         self._jobs.pop(run, None)
         self.records.set_job(run, "ended")
+        self.records.erase_sums(run)
         gone = self.records.runs_to_forget(keep)
         for old in gone:
             shutil.rmtree(self.folder / "runs" / old, ignore_errors=True)
@@ -371,11 +385,12 @@ def _facts(job: pb.Job, recipe: Recipe, holder: Holder, site: str) -> JobFacts:
     )
 
 
-_BODIES: dict[str, type[TrainTask | EvaluateTask | ChainTask | SampleTask]] = {
+_BODIES: dict[str, type[TrainTask | EvaluateTask | ChainTask | SampleTask | SumTask]] = {
     "train": TrainTask,
     "evaluate": EvaluateTask,
     "chain": ChainTask,
     "sample": SampleTask,
+    **dict.fromkeys(SUM_STEPS, SumTask),
 }
 
 

@@ -28,10 +28,12 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from ..errors import PolicyError, RecipeError
 from ..evaluate.metrics import Scores
+from ..federation.messages import SUM_STEPS
 from ..federation.private_rounds import NOISY_STEPS, participations, planned_noise, spends_of
 from ..identity.roles import SIGNING_ROLES
 from ..model.shapes import shapes_of
 from ..privacy.accounting import Releases, epsilon, noise_multiplier
+from ..privacy.secure_aggregation.rows import row_layout
 from ..privacy.spending import UNPROTECTED, Budget, Spend
 from ..recipe.schema import Recipe, Section
 from ..registry import BUILT_IN, built_in, is_listed, resolve
@@ -320,7 +322,7 @@ class JobFacts:
             samples=recipe.evaluation.samples,
             dp=recipe.privacy.dp,
             epsilon=_planned_epsilon(recipe),
-            secure_aggregation=False,
+            secure_aggregation=recipe.privacy.secure_aggregation == "on",
             trust_remote_code=recipe.model.trust_remote_code,
             num_sites=num_sites,
             spend=_promised(recipe),
@@ -387,12 +389,15 @@ def _promised(recipe: Recipe) -> Spend:
 
 
 def _update_bytes(recipe: Recipe, initial: bytes, site: str) -> int:
-    """Bytes of one update: a copy of the site's tensors for each channel that the strategy's updates carry.
+    """Bytes of one update: a copy of the site's tensors for each channel that the strategy's updates carry; a masked
+    one is a row of the ring.
 
     The code of a strategy that is not built in is not loaded before the policy has allowed it: a channel is counted for
     each that the global tensors have.
     """
     plan, strategy = parse_header(initial).plan, recipe.federation.strategy.name
+    if recipe.privacy.secure_aggregation == "on":
+        return row_layout(plan.layout).num_bytes
     shape = shapes_of(recipe.model.adapter, plan.layout).get(site)
     num_channels = len(plan.channels)
     if strategy in built_in("strategy"):
@@ -482,7 +487,7 @@ def decide_task(
     """Whether this site takes on one task of a job; everything about the job is decided anew.
 
     Args:
-        kind: join, train, evaluate, chain or sample.
+        kind: join, train, evaluate, chain or sample; keys, shares, consent or reveal.
         round: the task's; 0 for those outside a round.
         cohort_size: sites invited to the round, None if it is not known.
     """
@@ -494,17 +499,17 @@ def decide_sending(policy: Policy, what: str, num_bytes: int, spent: Spent, spen
     """Whether so many bytes more may leave now.
 
     Args:
-        what: update, scores, samples, or facts.
+        what: update, masks (keys and shares of a secure sum), scores, samples, or facts.
         spend: what an update costs.
     """
     reasons = []
-    if what not in ("update", "scores", "samples", "facts"):
-        reasons.append(f"only updates, scores, samples and facts may leave; asked: {what!r}")
+    if what not in ("update", "masks", "scores", "samples", "facts"):
+        reasons.append(f"only updates, their masks, scores, samples and facts may leave; asked: {what!r}")
     if num_bytes < 0:
         reasons.append(f"no fewer than 0 bytes can leave; asked: {num_bytes}")
     reasons += _over("max_bytes_per_round", policy.max_bytes_per_round, spent.bytes_round, num_bytes, "in this round")
     reasons += _over("max_bytes_total", policy.max_bytes_total, spent.bytes_total, num_bytes, "in all runs")
-    if what == "update" and "train" not in policy.kinds:
+    if what in ("update", "masks") and "train" not in policy.kinds:
         reasons.append(f"kinds: {_listed(policy.kinds)}; an update comes of training, which is not among them")
     if what == "update":
         reasons += _over_budget(policy, [*spent.spends_others, *spent.spends_run], spend)
@@ -622,6 +627,7 @@ _KINDS_NEEDED: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluate",),
     "chain": ("train", "evaluate"),
     "sample": ("evaluate",),
+    **dict.fromkeys(SUM_STEPS, ("train",)),
 }
 
 

@@ -51,6 +51,10 @@ CREATE TABLE IF NOT EXISTS tasks (
     id TEXT PRIMARY KEY, run TEXT NOT NULL, round INTEGER NOT NULL, kind TEXT NOT NULL, base TEXT NOT NULL,
     body BLOB NOT NULL, deadline_t REAL NOT NULL, state TEXT NOT NULL, reason TEXT NOT NULL, result BLOB NOT NULL,
     t REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS peers (name TEXT PRIMARY KEY, key BLOB NOT NULL, t REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS sums (
+    run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, state BLOB NOT NULL, row TEXT NOT NULL,
+    opened INTEGER NOT NULL, PRIMARY KEY (run, round, attempt));
 CREATE TABLE IF NOT EXISTS heads (sequence INTEGER PRIMARY KEY, hash BLOB NOT NULL, signature BLOB NOT NULL, t REAL);
 CREATE TABLE IF NOT EXISTS alarms (number INTEGER PRIMARY KEY, t REAL NOT NULL, text TEXT NOT NULL);
 """
@@ -197,6 +201,7 @@ class SiteRecords:
         """A run's folder is gone: its tasks are forgotten; what left, approvals and the job itself are kept."""
         with self._writing():
             self._db.execute("DELETE FROM tasks WHERE run = ?", (run,))
+            self._db.execute("UPDATE sums SET state = x'' WHERE run = ?", (run,))
             self._db.execute("UPDATE jobs SET forgotten = 1 WHERE run = ?", (run,))
 
     def take_round(self, run: str, round: int, base: str) -> None:
@@ -256,7 +261,7 @@ class SiteRecords:
 
         Args:
             round: 0 for what leaves outside of rounds.
-            what: update, scores, samples or facts.
+            what: update, masks, scores, samples or facts.
             spend: what an update costs.
 
         Raises:
@@ -379,6 +384,111 @@ class SiteRecords:
         """Tasks that were taken on and have not ended, in that order: what a restarted agent goes on with."""
         with self._reading():
             return self._tasks("WHERE state = 'taken' ORDER BY rowid")
+
+    # ---- secure sums
+
+    def enter_sum(self, run: str, round: int, attempt: int) -> None:
+        """This site takes part in an attempt at a round's secure sum. Secrets of earlier ones are erased. Once more is
+        nothing new.
+
+        Raises:
+            AccessError: it took part in a later one, or has helped to open another attempt at this round: two sums that
+                differ by one site show what that site sent.
+        """
+        with self._writing():
+            latest = self._one(
+                "SELECT round, attempt FROM sums WHERE run = ? ORDER BY round DESC, attempt DESC LIMIT 1", run
+            )
+            opened = self._one(
+                "SELECT attempt FROM sums WHERE run = ? AND round = ? AND attempt != ? AND opened", run, round, attempt
+            )
+            if opened is None and (latest is None or (round, attempt) >= latest):
+                self._db.execute("INSERT OR IGNORE INTO sums VALUES (?, ?, ?, x'', '', 0)", (run, round, attempt))
+                self._db.execute(
+                    "UPDATE sums SET state = x'' WHERE run = ? AND NOT (round = ? AND attempt = ?)",
+                    (run, round, attempt),
+                )
+                return
+        what = f"attempt {attempt} at the secure sum of round {round} of run {run}"
+        if opened is not None:
+            raise AccessError(f"{what}: this site has helped to open attempt {opened[0]}")
+        raise AccessError(f"{what}: this site took part in a later one")
+
+    def keep_sum(self, run: str, round: int, attempt: int, state: bytes) -> None:
+        """What this site has decided in a secure sum, which is secret, before anything of it is said."""
+        with self._writing():
+            self._db.execute(
+                "UPDATE sums SET state = ? WHERE run = ? AND round = ? AND attempt = ?", (state, run, round, attempt)
+            )
+
+    def sum_state(self, run: str, round: int, attempt: int) -> bytes | None:
+        """What was kept last; None if nothing was, or if it was erased."""
+        state = self._fetch("SELECT state FROM sums WHERE run = ? AND round = ? AND attempt = ?", run, round, attempt)
+        return state[0] or None if state else None
+
+    def send_row(self, run: str, round: int, attempt: int, digest: str) -> None:
+        """A masked row is about to leave; `digest` names it.
+
+        Raises:
+            AccessError: another one was, under the same masks: together they would show their difference.
+        """
+        with self._writing():
+            where = (run, round, attempt)
+            self._db.execute(
+                "UPDATE sums SET row = ? WHERE run = ? AND round = ? AND attempt = ? AND row = ''", (digest, *where)
+            )
+            row = self._one("SELECT row FROM sums WHERE run = ? AND round = ? AND attempt = ?", *where)
+        if row is None or row[0] != digest:
+            raise AccessError(f"another masked update has left in attempt {attempt} at round {round} of run {run}")
+
+    def open_sum(self, run: str, round: int, attempt: int) -> None:
+        """This site is about to help to open a sum."""
+        with self._writing():
+            self._db.execute(
+                "UPDATE sums SET opened = 1 WHERE run = ? AND round = ? AND attempt = ?", (run, round, attempt)
+            )
+
+    def erase_sums(self, run: str) -> None:
+        """A run has ended: its secrets are of no more use."""
+        with self._writing():
+            self._db.execute("UPDATE sums SET state = x'' WHERE run = ?", (run,))
+
+    # ---- other sites, with whose keys this one masks
+
+    def pin_peer(self, name: str, key: bytes) -> None:
+        """Another site's signing key, as its certificate names it. The first that is seen is kept for good.
+
+        Raises:
+            AccessError: another key is known. An alarm is kept.
+        """
+        with self._writing():
+            known = self._one("SELECT key FROM peers WHERE name = ?", name)
+            if known is None:
+                self._db.execute("INSERT INTO peers VALUES (?, ?, ?)", (name, bytes(key), self._now()))
+        if known is not None and known[0] != bytes(key):
+            text = f"site {name} shows the signing key {bytes(key).hex()}, before {known[0].hex()}"
+            with self._writing():
+                self._db.execute("INSERT INTO alarms (t, text) VALUES (?, ?)", (self._now(), text))
+            raise AccessError(
+                text,
+                hint="ask that site whether it has enrolled anew; if so, forget the old key: commonweight site peers "
+                f"DIR --forget {name}",
+            )
+
+    def peers(self) -> dict[str, bytes]:
+        """The signing keys of other sites that are known here, by name."""
+        return dict(self._all("SELECT name, key FROM peers ORDER BY name"))
+
+    def forget_peer(self, name: str) -> None:
+        """A person has found out why a site has another key: the next that is seen is kept.
+
+        Raises:
+            StateError: no key of such a site is known.
+        """
+        with self._writing():
+            if not self._db.execute("DELETE FROM peers WHERE name = ?", (name,)).rowcount:
+                known = ", ".join(self.peers()) or "none"
+                raise StateError(f"no key of a site {name} is known here", hint=f"known: {known}")
 
     # ---- the coordinator's audit log, as it was shown
 

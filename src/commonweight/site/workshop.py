@@ -198,6 +198,11 @@ class RecipeWorkshop:
         with self._turn("training", cancelled), self._sweeping(run):
             self._check(task)
             bench, files = self._bench(run, progress), self._files(run)
+            if task.secure is not None and task.steps != bench.facts.steps[self.local_name]:
+                raise SiteError(  # if others were told to do nothing, their sum would be this site's own update
+                    f"the task asks for {task.steps} steps, and this site has said that it takes "
+                    f"{bench.facts.steps[self.local_name]}"
+                )
             if bench.secret is not None:
                 bench.secret.make()
             needed = (*_CORRECTIONS[task.correction["kind"]], *_channels(task.start))

@@ -42,7 +42,7 @@ JSON_BYTES = 8 << 20
 JSON_ITEMS = 1 << 19
 MAX_SITES = MAX_TASKS = 10_000
 MAX_MUST_MATCH = 64
-TASK_KINDS = frozenset({"join", "train", "evaluate", "chain", "sample", "relay"})
+TASK_KINDS = frozenset({"join", "train", "evaluate", "chain", "sample", "relay", "keys", "shares", "consent", "reveal"})
 LONGEST_S = 366 * 86400.0
 
 # no control characters but line ends and tabs, none that turn the direction of writing

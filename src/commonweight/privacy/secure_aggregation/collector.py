@@ -40,12 +40,15 @@ class Collector:
     # --- keys
 
     def advert(self, advert: Advert) -> None:
-        """Raises UpdateRefused: it is not invited, not its own, or comes twice or too late."""
+        """Raises UpdateRefused: it is not invited, not its own, uses another's key, or comes twice or too late."""
         site = advert.site
         if self._circle is not None:
             raise UpdateRefused(f"site {site!r} advertises keys when all have been handed round")
         if site not in self.session.sites or site in self.adverts:
             raise UpdateRefused(f"site {site!r} is not invited to this sum, or has advertised keys before")
+        used = {key for known in self.adverts.values() for key in (known.channel, known.pair)}
+        if {advert.channel, advert.pair} & used or advert.channel == advert.pair:
+            raise UpdateRefused(f"site {site!r} advertises a key that is in use already")
         if not self._verify(site, advert.signed(self.session), advert.signature):
             raise UpdateRefused(f"the keys of site {site!r} are not signed by its identity")
         self.adverts[site] = advert
