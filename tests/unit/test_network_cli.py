@@ -316,6 +316,9 @@ BAD = [
     Case("site audit north --since yesterday", 2, ("--since yesterday is no time", "36h")),
     Case("site audit north --run nope", 6, ("no run is called, or begins, 'nope'",)),
     Case("site pending north", 6, ("damaged",), prepare=write("north/state.sqlite", "x" * 5000)),
+    Case("site peers nowhere", 6, ("nowhere is no site's folder",)),
+    Case("site peers north --forget south", 2, ("--forget needs --reason",)),
+    Case("site peers north --forget south --reason x", 6, ("no key of a site south is known here",)),
     Case("site accept-log nowhere --reason x", 6, ("nowhere is no site's folder",)),
     Case("site accept-log north", 2, ("missing option", "--reason")),
     # users without an identity

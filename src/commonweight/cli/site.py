@@ -1,5 +1,5 @@
 """Commands for a site's engineer: site join, run, status, policy, ledger, pending, approve, deny, export, audit,
-accept-log."""
+accept-log, peers."""
 
 from __future__ import annotations
 
@@ -430,6 +430,46 @@ def accept_log(
         say(f"the head that was kept of the coordinator's audit log ({known}) no longer counts; start the site again")
 
 
+def peers(
+    directory: SiteArgument,
+    forget: Annotated[
+        str | None,
+        typer.Option("--forget", help="Forget this site's key: the next that it shows is kept.", metavar="NAME"),
+    ] = None,
+    reason: Annotated[
+        str, typer.Option("--reason", help="Why it has another key, for this site's audit log.", metavar="TEXT")
+    ] = "",
+    json: JsonOption = False,
+) -> None:
+    """Show the other sites with whose keys this one has masked its updates, to be compared with what they say."""
+    begin(json)
+    from ..identity.folder import IdentityFolder
+    from ..site.audit import SiteAudit
+
+    with _records(directory) as records:
+        if forget is not None:
+            if not reason.strip():
+                raise RecipeError("--forget needs --reason", hint="say why that site has another key")
+            known = records.peers().get(forget)
+            records.forget_peer(forget)
+            SiteAudit(directory / "audit.jsonl", records).append(
+                "peer forgotten", by=who(), reason=reason, peer=forget, key=known.hex() if known else ""
+            )
+        found = {name: key.hex() for name, key in records.peers().items()}
+    own = IdentityFolder.open(directory / "identity").holder
+    if json:
+        print_json({"peers": found, "forgotten": forget, "own": own.signing_key.hex()})
+        return
+    if forget is not None:
+        say(f"the key of {forget} no longer counts: the next that it shows is kept")
+        return
+    say(f"this site's own key: {own.signing_key.hex()}")
+    if not found:
+        say("no secure sum yet: no other site's key is known here")
+        return
+    table(("site", "signing key"), list(found.items()))
+
+
 def _name_of(records: SiteRecords, run: str) -> str:
     job = records.job(run)
     return job.facts.name if job is not None else ""
@@ -555,4 +595,4 @@ def _show_totals(totals: dict[str, dict[str, int]], names: dict[str, str]) -> No
 
 
 #: in the order of the help
-COMMANDS = (join, run, status, policy, ledger, pending, approve, deny, export, audit, accept_log)
+COMMANDS = (join, run, status, policy, ledger, pending, approve, deny, export, audit, accept_log, peers)

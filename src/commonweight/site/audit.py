@@ -29,7 +29,7 @@ _TEXT_AT_MOST = 2000
 _TAIL_BYTES = 1 << 18
 
 #: kinds of lines about something that left; all others tell what happened (refused, approved, joined …)
-LEFT = ("update", "scores", "samples", "facts")
+LEFT = ("update", "masks", "scores", "samples", "facts")
 
 
 class SiteAudit:
