@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import AccessError, PolicyError, StateError
+from ..errors import AccessError, PolicyError, RecipeError, StateError
 from .folders import whole_or_nothing
 from .jobs import require_free
 from .network import (
