@@ -118,11 +118,12 @@ class RowCode:
 
     @classmethod
     def of(cls, recipe: Recipe, layout: Layout, num_sites: int, most: Most) -> Self:
-        """As a recipe says it. Where updates are clipped to a norm for privacy's sake, no element is larger than that
-        norm, and encoding must not make the norm larger."""
+        """As a recipe says it. Where updates are clipped to a norm for the privacy of sites, no element is larger than
+        that norm, and encoding must not make the norm larger."""
         spec = recipe.privacy
-        bound = spec.secure_bound or (spec.clip if spec.dp == "site" else None) or DEFAULT_BOUND
-        return cls(layout, num_sites, recipe.federation.weighting, most, bound, toward_zero=spec.dp != "none")
+        clipped = spec.dp == "site"
+        bound = spec.secure_bound or (spec.clip if clipped else None) or DEFAULT_BOUND
+        return cls(layout, num_sites, recipe.federation.weighting, most, bound, toward_zero=clipped)
 
     @property
     def length(self) -> int:
