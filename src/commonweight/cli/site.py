@@ -441,7 +441,10 @@ def peers(
     ] = "",
     json: JsonOption = False,
 ) -> None:
-    """Show the other sites with whose keys this one has masked its updates, to be compared with what they say."""
+    """Show the keys of the sites with which this one's updates are summed.
+
+    Compare them with what those sites say of themselves.
+    """
     begin(json)
     from ..identity.folder import IdentityFolder
     from ..site.audit import SiteAudit
