@@ -317,6 +317,15 @@ def test_noise_is_added_to_the_opened_sum(make_recipe: MakeRecipe, tmp_path: Pat
         torch.testing.assert_close(theta_of(tmp_path / "secure", 1)[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_batches_that_are_drawn_by_coins_fit_too(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Differential privacy of examples, whose sites' counts vary, in a secure sum."""
+    private = {"dp": "example", "clip": 1.0, "delta": 1e-3, "noise_multiplier": 1.0}
+    recipe = make_recipe(privacy={**private, **SECURE}, federation={"rounds": 1}, training={"steps": 2})
+    found = run(recipe, tmp_path / "run")
+    assert found["rounds"][0]["answered"] == ["north", "south", "west"]
+    assert (found["privacy"]["dp"], found["privacy"]["secure_sums"]) == ("example", True)
+
+
 # ---- what is refused, and what `auto` means
 
 
