@@ -22,7 +22,7 @@ from commonweight.federation.journal import Journal
 from commonweight.federation.ledger import Line, accounts, by_run
 from commonweight.federation.ledger_file import LedgerFile
 from commonweight.launch import run
-from commonweight.privacy.accounting import Releases, epsilon, epsilon_of_all
+from commonweight.privacy.accounting import Releases, epsilon, epsilon_of_all, noise_multiplier
 from commonweight.privacy.spending import UNPROTECTED, Budget, Spend, cost
 from commonweight.recipe import Recipe
 from tests.unit.command_line import call
@@ -135,6 +135,20 @@ def test_a_round_is_charged_once_and_only_within_the_budget(file: LedgerFile) ->
     assert spent == {("first", "north"): 2, ("first", "south"): 1, ("second", "north"): 1}
     with pytest.raises(BudgetError, match="make it ∞"):
         file.charge("c", "third", 1, {"south": UNPROTECTED})
+
+
+def test_runs_of_one_name_are_told_apart(file: LedgerFile) -> None:
+    file.charge("a" * 32, "demo", 1, {"north": SITE})
+    file.charge("b" * 32, "demo", 1, {"north": SITE})
+    file.charge("c" * 32, "other", 1, {"north": SITE})
+    assert [line.run for line in file.lines()] == ["demo (aaaaaaaa)", "demo (bbbbbbbb)", "other"]
+
+
+@pytest.mark.parametrize(("target", "rounds"), [(8.0, 20), (1.0, 7), (3.0, 1)])
+def test_a_run_that_was_calibrated_to_the_budget_fits_it(target: float, rounds: int) -> None:
+    spend = Spend("site", "gaussian", noise_multiplier(target, 1e-5, count=rounds))
+    assert budget(target).excess([spend] * (rounds - 1), spend) == ""
+    assert "would make it" in budget(target).excess([spend] * rounds, spend)
 
 
 def test_runs_at_the_same_time_do_not_overspend(tmp_path: Path) -> None:

@@ -579,7 +579,6 @@ LEASED: dict[str, Callable[[Store, Lease], Any]] = {
     "add_tasks": lambda store, lease: store.add_tasks(lease, [task("a", 3)]),
     "withdraw": lambda store, lease: store.withdraw(lease, ["r1-2-a-train"], "no more needed"),
     "drop_result": lambda store, lease: StoreJournal(store, lease).drop("kept"),
-    "drop_noise": lambda store, lease: store.drop_noise(lease),
     "charge": lambda store, lease: StoreLedger(store, lease, None).charge(2, {"a": SPEND}),
     "give_up": lambda store, lease: store.give_up(lease, "r1-2-a-train", ["a"], "it is away"),
 }
@@ -1208,7 +1207,7 @@ def test_runs_at_the_same_time_do_not_overspend(another: Callable[[], Store]) ->
 
 def test_noise_of_a_run_that_has_ended_is_struck_out(store: Store, led: Lease) -> None:
     store.put_result(led, "noisy", {"loss": 1})
-    store.drop_noise(led)
+    store.set_run_state("r1", "failed", error="no more budget", lease=led)
     assert store.result("r1", "noise/0002") is None
     assert store.result("r1", "noisy") == {"loss": 1}
 

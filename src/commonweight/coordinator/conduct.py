@@ -155,8 +155,7 @@ class Conductor:
         self._tidy()
 
     def _tidy(self) -> None:
-        """Nothing individual outlives its run, nor what its noise could be taken off with."""
-        self.store.drop_noise(self.led.lease)
+        """Nothing individual outlives its run."""
         for upload in self.store.spent_uploads(self.run_id):
             self.here.discard(upload)
         self.here.receiver.forget_run(self.run_id)

@@ -127,16 +127,6 @@ class JournalPart(Part):
         hold(tx, lease)
         tx.execute(results.delete().where(results.c.run == lease.run, results.c.key == key))
 
-    @writing
-    def drop_noise(self, tx: Writing, lease: Lease) -> None:
-        """Strike out the keys of all noise of a run that has ended.
-
-        Raises:
-            LeaseLost: the run is another's by now.
-        """
-        hold(tx, lease)
-        tx.execute(results.delete().where(results.c.run == lease.run, results.c.key.like("noise/%")))
-
     @reading
     def result(self, connection: sa.Connection, run: str, key: str) -> dict[str, Any] | None:
         query = sa.select(results.c.record).where(results.c.run == run, results.c.key == key)

@@ -17,7 +17,7 @@ from ..errors import StateError
 from .audit import append
 from .database import Part, Writing, found, insert_if_new, reading, upsert, writing
 from .leases import Lease, hold
-from .tables import event_counts, leases, members, runs
+from .tables import event_counts, leases, members, results, runs
 from .tasks import withdraw_where
 
 _NEXT = {
@@ -129,7 +129,7 @@ class RunsPart(Part):
         self, tx: Writing, run: str, state: str, *, error: str = "", hint: str = "", lease: Lease | None = None
     ) -> None:
         """A run goes on to another state; to the one that it is in already changes nothing. When it ends, its open
-        tasks are withdrawn.
+        tasks are withdrawn, and what its noise could be taken off with is struck out.
 
         Raises:
             StateError: there is no such run, or it cannot go there from where it is.
@@ -226,6 +226,7 @@ def _set_state(tx: Writing, run: str, state: str, error: str, hint: str, *, acto
     tx.execute(runs.update().where(runs.c.id == run).values(**values))
     if ended:
         withdraw_where(tx, run, reason=f"the run is {state}")
+        tx.execute(results.delete().where(results.c.run == run, results.c.key.like("noise/%")))
         tx.publish(f"ended/{run}")
     tx.publish("runs")
     append(tx, f"run {state}", actor=actor, subject=run, **({"error": error} if error else {}))

@@ -10,7 +10,7 @@ from any thread, and block: call them from an event loop through a thread.
     runs.py      add_run set_run_state request_cancel run_row find_run runs put_member members
     leases.py    claim renew release end_leases claimable leader
     journal.py   bind commit last_round commits put_result result          StoreJournal(store, lease): the same by name
-                 drop_result drop_noise
+                 drop_result
     rounds.py    open_round round_state deciding apply
     tasks.py     add_tasks open_tasks tasks task_states open_training bases_in_use task reply withdraw give_up
     uploads.py   open_upload upload find_upload has_offered accept_upload refuse_upload accepted_uploads spent_uploads

@@ -6,6 +6,7 @@ import json
 import sqlite3
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,9 +125,13 @@ class LedgerFile:
         """Everything that was spent, run by run in the order of their first charge."""
         with self._explained():
             rows = self._db.execute(
-                f"SELECT name, site, {_SPEND} FROM spends GROUP BY run, name, site, {_KINDS} ORDER BY min(rowid)"
+                f"SELECT run, name, site, {_SPEND} FROM spends GROUP BY run, name, site, {_KINDS} ORDER BY min(rowid)"
             ).fetchall()
-        return [Line(name, site, Spend(*spend)) for name, site, *spend in rows]
+        names = Counter(name for _, name in {(run, name) for run, name, *_ in rows})
+        return [
+            Line(name if names[name] == 1 else f"{name} ({run[:8]})", site, Spend(*spend))
+            for run, name, site, *spend in rows
+        ]
 
     def _about(self, key: str) -> str | None:
         with self._explained():
