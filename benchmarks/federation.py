@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+from commonweight.codec.coded import CODED, packed
+from commonweight.codec.feedback import coder_of
 from commonweight.coordinator.folder import enroll, init
 from commonweight.coordinator.server import log_to_stderr, serve
 from commonweight.coordinator.settings import CoordinatorSettings
@@ -36,8 +38,9 @@ from commonweight.identity.folder import IdentityFolder
 from commonweight.lead.client import Client
 from commonweight.lead.submit import sign
 from commonweight.model.tensors import NamedTensors
+from commonweight.recipe.load import parse_recipe
 from commonweight.recipe.resolved import recipe_text
-from commonweight.recipe.schema import Recipe
+from commonweight.recipe.schema import CompressionSpec, Recipe
 from commonweight.site.agent import Agent
 from commonweight.site.audit import SiteAudit
 from commonweight.site.log import SiteLog
@@ -80,8 +83,11 @@ class NoiseWorkshop:
     def __init__(self, name: str, *, seconds: float = 0.0, log: Path | None = None) -> None:
         self.name, self.seconds, self.log = name, seconds, log
         self._delta: NamedTensors | None = None
+        self._compression: dict[str, CompressionSpec] = {}
+        self._late: dict[str, NamedTensors] = {}
 
     def join(self, job: Any, progress: Any = None) -> dict[str, Any]:
+        self._compression[job.id] = parse_recipe(job.recipe, "the job's recipe").compression
         return {"steps": 1, "groups": ["0"]}
 
     def train(
@@ -109,7 +115,20 @@ class NoiseWorkshop:
             for start in range(0, flat.numel(), _NOISE):
                 piece = flat[start : start + _NOISE]
                 piece.copy_(block[: piece.numel()])
-        return Work({"delta": self._delta}, 10 + len(self.name), 100, 1, {"loss": 1.0, "seconds": self.seconds})
+        figures = (10 + len(self.name), 100, 1, {"loss": 1.0, "seconds": self.seconds})
+        return Work(self._sent(run, task.round, self._delta), *figures)
+
+    def _sent(self, run: str, round: int, delta: NamedTensors) -> dict[str, NamedTensors]:
+        """What leaves: the update, or what a codec makes of it; what that loses is kept while the process lives."""
+        spec = self._compression.get(run, CompressionSpec())
+        coder = coder_of(spec, delta.layout, 0)
+        if coder is None:
+            return {"delta": delta}
+        if spec.keeps_errors and run not in self._late:
+            self._late[run] = NamedTensors.zeros(delta.layout, wide=True)
+        errors = {"delta": self._late[run]} if spec.keeps_errors else {}
+        seed = coder.update_seed(self.name, round)
+        return {CODED: packed(list(coder.encode({"delta": delta}, errors, seed)), seed)}
 
     def answer(self, run: str, task: Any, base: Any, **_: Any) -> dict[str, Any]:
         return {site: {"nll": [1.0], "tokens": [1], "correct": [1]} for site in task.sites}
@@ -192,6 +211,10 @@ class Federation:
             self.sites.append(self.start_site(*names[start : start + per_process]))
         return self.sites
 
+    def route(self, site: str, port: int) -> None:
+        """From its next start on, a site that is enrolled dials another port."""
+        redirect(self.folder / "sites" / site / "identity", port)
+
     def start_site(self, *names: str) -> subprocess.Popen[bytes]:
         return self._start(names[0], ["sites", str(self.folder), str(self.seconds), *names])
 
@@ -215,6 +238,7 @@ class Federation:
         sites: Sequence[str] = (),
         chunk_bytes: int = CHUNK_BYTES,
         id: str = "",
+        compression: Any = "none",
         **federation: Any,
     ) -> str:
         """Submit a run whose initial tensors are given; no model is opened by anyone."""
@@ -222,6 +246,7 @@ class Federation:
             {
                 "name": "noise",
                 "federation": {"rounds": rounds, **federation},
+                "compression": compression,
                 "evaluation": {"controls": [], "every": rounds, "samples": 0},
                 "output": {"keep_rounds": 1},
             }
@@ -268,6 +293,12 @@ def random_tensors(mb: float, *, tensors: int = 64) -> NamedTensors:
     draw = torch.Generator().manual_seed(0)
     block = torch.empty(rows, 64).normal_(std=0.02, generator=draw)
     return NamedTensors.of({f"layer.{k:03d}.lora_A.weight": block for k in range(tensors)})
+
+
+def redirect(identity: Path, port: int) -> None:
+    """Let the owner of an identity dial another port of loopback."""
+    path = identity / "identity.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "address": f"127.0.0.1:{port}"}))
 
 
 def free_ports(*names: str) -> dict[str, int]:

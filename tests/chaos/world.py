@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from benchmarks.federation import Federation, NoiseWorkshop, free_ports, random_tensors
+from benchmarks.federation import Federation, NoiseWorkshop, free_ports, random_tensors, redirect
 from commonweight.coordinator.blobs import Blobs
 from commonweight.coordinator.settings import FILE, CoordinatorSettings, load_settings, settings_text
 from commonweight.coordinator.store import Run, Store, verify_chain
@@ -121,14 +121,10 @@ class World(Federation):
             self.begin_site(name)
         return names
 
-    def route(self, site: str, port: int) -> None:
-        """From its next start on, a site that is enrolled dials another port."""
-        _dial(self.folder / "sites" / site / "identity", port)
-
     def route_lead(self, port: int) -> None:
         """From now on the lead dials another port."""
         self.client().__exit__(None, None, None)  # who is enrolled at the first opportunity
-        _dial(self.lead_folder, port)
+        redirect(self.lead_folder, port)
 
     def begin_second(self, *deaths: Death) -> int:
         """Start another replica, with a folder of its own; returns the port of its services."""
@@ -374,11 +370,6 @@ class World(Federation):
             files = [*scratch.glob("uploads/*.sealed"), *scratch.glob("frame-*"), *scratch.glob("runs/*")]
             found += map(str, [*files, *scratch.glob(f"spares/{run}")])
         return found
-
-
-def _dial(identity: Path, port: int) -> None:
-    path = identity / "identity.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "address": f"127.0.0.1:{port}"}))
 
 
 def _fits(event: dict[str, Any], name: str, fields: dict[str, Any]) -> bool:

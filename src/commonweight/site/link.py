@@ -2,8 +2,10 @@
 
     connect ─► Hello ─► Welcome (10 s) ─► messages and heartbeats, both ways ─► lost ─► wait ─► connect …
 
-Each attempt has a connection of its own, so that a renewed certificate is used and nothing old lingers. Nothing heard
-for three heartbeats and a second means that the other end is gone, whatever the operating system believes.
+Each attempt has connections of its own, so that a renewed certificate is used and nothing old lingers: one to attend,
+and one for tensors, which is made when the first are sent or fetched. On a slow line a chunk fills what the operating
+system keeps of a connection for many seconds, and heartbeats behind it would come too late. Nothing heard for three
+heartbeats and a second means that the other end is gone, whatever the operating system believes.
 """
 
 from __future__ import annotations
@@ -258,14 +260,14 @@ class Link:
 
     async def _attend(self) -> str:
         """One connection from its beginning to its end; returns why it ended."""
-        channel = self._open()
+        channel, bulk = self._open(), self._open()
         writer: asyncio.Task[None] | None = None
         try:
             federation = stub(channel, FEDERATION)
             self._call = call = federation["Attend"]()
             async with asyncio.timeout(WELCOME_S):
                 welcome, certificate = await self._greet(call)
-            session = Session(federation, stub(channel, TRANSFER), welcome, certificate)
+            session = Session(federation, stub(bulk, TRANSFER), welcome, certificate)
             self._note_found(session)
             writer = asyncio.create_task(self._write(call, session))
             return await self._read(call, session)
@@ -277,7 +279,7 @@ class Link:
                 writer.cancel()
                 with suppress(asyncio.CancelledError, CommonweightError):
                     await writer
-            await channel.close(None)
+            await asyncio.gather(channel.close(None), bulk.close(None))
 
     async def _greet(self, call: Any) -> tuple[pb.Welcome, bytes]:
         with calling():
