@@ -2,9 +2,9 @@
 
 A hook on each trained linear layer keeps what goes into it, aᵢ [T, in], and gets the gradient of what comes out, bᵢ
 [T, out]; the gradient of example i is bᵢᵀaᵢ. LoRA's layers are narrow, so that these gradients are small: a forward
-pass of B examples holds B copies of the adapter's gradient and no more. Against a plain step it takes 1.7 times as long
-on a tiny model and hardly longer on a larger one, and a few per cent more memory (`benchmarks/dp_sgd.py`, which also
-measures opacus's other ways: functorch, ghost clipping).
+pass of B examples holds B copies of the adapter's gradient and no more. Against a plain step it takes 1.2 to 1.9 times
+as long and a fifth more memory (`benchmarks/dp_sgd.py`, which also measures opacus's other ways: functorch, ghost
+clipping).
 
 Legend: B examples in a forward pass, one a row; T positions; gᵢ the gradient of example i over all trained tensors
 together; C the bound.
