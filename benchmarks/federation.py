@@ -71,6 +71,8 @@ approval: none
 share: {scores: rows, samples: false}
 """
 _NOISE = 1 << 18
+#: what a site that adds noise may say that it has trained on
+_EXAMPLES_AT_MOST = 128
 
 
 class NoiseWorkshop:
@@ -239,14 +241,21 @@ class Federation:
         chunk_bytes: int = CHUNK_BYTES,
         id: str = "",
         compression: Any = "none",
+        secure: bool = False,
         **federation: Any,
     ) -> str:
-        """Submit a run whose initial tensors are given; no model is opened by anyone."""
+        """Submit a run whose initial tensors are given; no model is opened by anyone.
+
+        Args:
+            secure: whether updates are summed securely.
+        """
         recipe = Recipe.model_validate(
             {
                 "name": "noise",
                 "federation": {"rounds": rounds, **federation},
                 "compression": compression,
+                "training": {"batch_size": _EXAMPLES_AT_MOST},
+                "privacy": {"secure_aggregation": "on" if secure else "off"},
                 "evaluation": {"controls": [], "every": rounds, "samples": 0},
                 "output": {"keep_rounds": 1},
             }

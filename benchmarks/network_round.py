@@ -1,6 +1,6 @@
 """What a round over the network costs: real processes, real TLS, sites that add noise and return it.
 
-    python benchmarks/network_round.py [--mb 512] [--sites 4] [--rounds 5] [--json]
+    python benchmarks/network_round.py [--mb 512] [--sites 4] [--rounds 5] [--secure] [--json]
 
 A coordinator and N sites, each a process, on loopback; a full round is timed, from the invitation to the commit: tasks
 out, global tensors down, updates up, fold, new global tensors on disk. Beside it, in the same run, the floor: the same
@@ -14,6 +14,8 @@ bytes through bare TLS 1.3 sockets between as many processes, hashed once on eac
                                  file
     bytes_up, bytes_down         chunks received and sent by the coordinator, a round; those sent for the evaluation
                                  after the last round are spread over the rounds
+    secure                       with --secure: the same again with secure sums, round_s_median over that without, and
+                                 the coordinator's memory
     cpu_s                        CPU seconds a round, of the coordinator and of all sites; and what of them single
                                  steps take, at the speeds measured in this run
 """
@@ -67,7 +69,7 @@ def counters(port: int) -> dict[str, float]:
     return {wanted[line[0]]: float(line[1]) for line in lines if line[0] in wanted}
 
 
-def measure(folder: Path, mb: float, sites: int, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, mb: float, sites: int, rounds: int, *, secure: bool = False) -> dict[str, Any]:
     """A run of `rounds` rounds, and the floor afterwards."""
     with Federation(folder) as federation:
         coordinator = federation.start_coordinator()
@@ -78,7 +80,7 @@ def measure(folder: Path, mb: float, sites: int, rounds: int) -> dict[str, Any]:
         time.sleep(1)
         idle = memory_mib(coordinator.pid, "VmRSS")
         Path(f"/proc/{coordinator.pid}/clear_refs").write_text("5")  # the peak counts from here
-        run = federation.submit(random_tensors(mb), rounds=rounds + 1)
+        run = federation.submit(random_tensors(mb), rounds=rounds + 1, secure=secure)
         while federation.run(run)["round"] < 1:
             time.sleep(0.05)
         before = (counters(port), cpu_s(coordinator.pid), sum(cpu_s(site.pid) for site in processes))
@@ -231,11 +233,17 @@ def main() -> None:
     parser.add_argument("--mb", type=float, default=512)
     parser.add_argument("--sites", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--secure", action="store_true", help="Also measure the same with secure sums.")
     parser.add_argument("--folder", type=Path, help="Where to put the federation; by default a temporary folder.")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        result = measure(Path(folder), given.mb, given.sites, given.rounds)
+        result = measure(Path(folder) / "plain", given.mb, given.sites, given.rounds)
+        if given.secure:
+            secure = measure(Path(folder) / "secure", given.mb, given.sites, given.rounds, secure=True)
+            memory = "above_idle_over_model"
+            ratio = round(secure["round_s_median"] / result["round_s_median"], 2)
+            result["secure"] = {"ratio": ratio, "round_s_median": secure["round_s_median"], memory: secure[memory]}
     if given.json:
         print(json.dumps(result))
         return

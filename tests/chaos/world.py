@@ -167,6 +167,7 @@ class World(Federation):
             {
                 "name": "noise",
                 "federation": settings,
+                "training": {"batch_size": 128},  # of which a site's noise may say that it is made
                 "privacy": dict(privacy),
                 "evaluation": evaluation,
                 "output": {"keep_rounds": 1},
