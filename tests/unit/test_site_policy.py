@@ -489,7 +489,7 @@ def test_facts_come_from_the_recipe(make_recipe: Callable[..., Recipe]) -> None:
         federation={"rounds": 10, "min_sites": 3, "quorum": 1.0}, evaluation={"samples": 1, "controls": ["local"]}
     )
     facts = facts_of(recipe, header("theta"))
-    assert facts == make_facts(name="small", update_bytes=4 * 22)
+    assert facts == make_facts(name="small", update_bytes=4 * 22, participations=10)
     assert JobFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
     for part in (
         "r1 (small)",
