@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 #: what neither noise nor clipping covers, said wherever ε is said
 NOT_COVERED = (
-    "Not covered by ε: the coordinator itself, which sees each update before the noise; the figures that sites send "
-    "beside their updates (whether they answered, numbers of examples and steps, training losses, scores on held-out "
-    "rows); control arms."
+    "Not covered by ε: the coordinator itself, which sees updates, or their secure sum, before the noise; the figures "
+    "that sites send beside their updates (whether they answered, numbers of examples and steps, training losses, "
+    "scores on held-out rows); control arms."
 )
 NOT_COVERED_OF_EXAMPLES = (
     "Not covered by ε: how many rows and tokens a site says that it has; the held-out rows, whose scores it sends; "

@@ -8,7 +8,7 @@ C, in L2. Sampling: none is assumed, so that a site counts as taking part in eve
 draw of a cohort, which anyone can repeat, did not invite it.
 
 Everyone who sees what is published is bounded in what they learn of a site; the coordinator itself, which sees the
-updates before the noise, is not.
+updates before the noise, or with secure sums their sum, is not.
 """
 
 from __future__ import annotations
