@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from ..errors import CommonweightError
-from ..wire.service import FEDERATION, TRANSFER, stub
-from .link import Backoff, OpenChannel
+from .link import Backoff, OpenChannel, transfers
 
 
 class RelayGone(CommonweightError):
@@ -44,8 +42,7 @@ class Door:
         self._channel = open_channel()
         self._patience_s, self._is_given_up = patience_s, is_given_up
         self.backoff = _Patience()
-        self.federation: dict[str, Callable[..., Any]] = stub(self._channel, FEDERATION)
-        self.transfer: dict[str, Callable[..., Any]] = stub(self._channel, TRANSFER)
+        self.transfer = transfers(self._channel)
 
     async def session(self) -> Door:
         """Itself, for another attempt.

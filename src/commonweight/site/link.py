@@ -77,6 +77,13 @@ def dial(identity: IdentityFolder, address: str, *, relay: str = "") -> grpc.aio
     return grpc.aio.secure_channel(address, channel_credentials(identity), options=options)
 
 
+def transfers(channel: grpc.aio.Channel) -> dict[str, Callable[..., Any]]:
+    """The methods by which tensors go over a connection. An upload is opened over the one that it is pushed over:
+    behind a load balancer another may lead to another replica, which knows nothing of it."""
+    federation = stub(channel, FEDERATION)
+    return {**stub(channel, TRANSFER), **{name: federation[name] for name in ("OpenUpload", "OpenPartial")}}
+
+
 class Backoff:
     """Waits of uniform(0, min(longest, first · 2ⁿ)) seconds ("full jitter"): a thousand sites come back spread out."""
 
@@ -160,7 +167,7 @@ class Session:
     """One connection that the coordinator has welcomed.
 
     Args:
-        federation, transfer: its services' methods.
+        federation, transfer: its services' methods; by `transfer` uploads are opened too.
         certificate: the coordinator's, PEM; empty if it showed none.
     """
 
@@ -267,7 +274,7 @@ class Link:
             self._call = call = federation["Attend"]()
             async with asyncio.timeout(WELCOME_S):
                 welcome, certificate = await self._greet(call)
-            session = Session(federation, stub(bulk, TRANSFER), welcome, certificate)
+            session = Session(federation, transfers(bulk), welcome, certificate)
             self._note_found(session)
             writer = asyncio.create_task(self._write(call, session))
             return await self._read(call, session)

@@ -48,10 +48,7 @@ async def aside(num_bytes: int, work: Callable[[Unpack[Ts]], T], *arguments: *Ts
 
 
 class Calls(Protocol):
-    """The methods of the other end's services."""
-
-    @property
-    def federation(self) -> dict[str, Callable[..., Any]]: ...
+    """The methods by which tensors go to and from the other end."""
 
     @property
     def transfer(self) -> dict[str, Callable[..., Any]]: ...
@@ -201,7 +198,7 @@ class Transfer:
             session = await self._link.session()
             try:
                 with calling():
-                    status: pb.UploadStatus = await session.federation[method](signed)
+                    status: pb.UploadStatus = await session.transfer[method](signed)
                 if status.state == pb.UploadStatus.OPEN:
                     status = await push.send(session, status)
             except (UnreachableError, TimeoutError) as error:
