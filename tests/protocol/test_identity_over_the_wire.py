@@ -226,7 +226,7 @@ def _chunks(site: Site) -> list[bytes]:
 
 
 def test_an_expired_certificate_ends_an_attendance(tmp_path: Path) -> None:
-    with Coordinator(tmp_path, certificate_hours=1.5 / 3600) as coordinator:
+    with Coordinator(tmp_path, certificate_hours=5 / 3600) as coordinator:
         site = coordinator.site("brief")
         bye = site.stay.first("bye")
         assert not bye.come_back

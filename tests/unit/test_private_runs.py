@@ -273,7 +273,7 @@ def test_updates_are_clipped_at_the_site(
         ({"privacy": {**PRIVATE, "delta": 1.0}}, "privacy.delta"),
         ({"privacy": {**PRIVATE, "clip": 0.0}}, "privacy.clip"),
         ({"privacy": PRIVATE, "federation": {"weighting": "examples"}}, "use weighting: uniform"),
-        ({"privacy": PRIVATE, "compression": "auto"}, "makes of a clipped update can be longer"),
+        ({"privacy": PRIVATE, "compression": "auto"}, "changes an update after it was clipped"),
     ],
 )
 def test_settings_that_promise_nothing_are_refused(tmp_path: Path, sections: dict[str, Any], words: str) -> None:

@@ -845,11 +845,6 @@ class Recipe(Section):
                 f"privacy.dp site bounds what one site does to the sum, but federation.weighting "
                 f"{self.federation.weighting} lets sites count for more; use weighting: uniform"
             )
-        if self.privacy.dp == "site" and self.compression.active:
-            raise ValueError(
-                "privacy.dp site bounds an update by clipping it, and what `compression` makes of a clipped update can "
-                "be longer; leave one of them out"
-            )
         return self
 
     @model_validator(mode="after")
