@@ -381,3 +381,12 @@ def test_a_budget_is_kept_and_no_codec_within_it_loses_less(budget: int) -> None
 def test_a_budget_that_no_codec_keeps_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"budget_mb is 1e-05.*may take"):
         coder_of(CompressionSpec(budget_mb=1e-5), layout_of(a=(60, 70)), 0)
+
+
+def test_factors_of_huge_and_tiny_matrices_do_not_overflow_whatever_rounds_them() -> None:
+    for size in (1e-40, 1e-20, 1.0, 1.4e19, 3e38):
+        values, shape = torch.full((42,), size), [(14, 3)]
+        for stages in ([LowRank()], [LowRank(), Sign()], [LowRank(), Uniform(UniformOptions(bits=4))]):
+            codec = Codec(stages)
+            back = codec.decode(codec.encode(values, shape, DRAW), shape, DRAW)
+            torch.testing.assert_close(back / size, values / size, rtol=0.5, atol=0.5)
