@@ -5,10 +5,11 @@
     python benchmarks/bytes_vs_loss.py --from a.json b.json … [--json]    # what runs apart have measured, as one
 
 Every codec runs the federated arm of the recipe: the same sites, rows, local steps, rounds. A codec is one of `CODECS`
-below, or a mapping as `compression` takes it, by --codec NAME=MAPPING.
+below, or a mapping as `compression` takes it, by --codec NAME=MAPPING; those of `compression.down` are called `down …`.
 
     up MB       bytes that left the sites, in all rounds
     fewer       how many times fewer that is than with `none`
+    down MB     bytes that sites fetched to train from, in all rounds, and how many times fewer that is
     loss        held-out nats a token after the last round, mean over sites; ± s.d. over seeds
     to none     the same as a ratio to `none`, of the same seeds
 """
@@ -57,6 +58,13 @@ CODECS: dict[str, Any] = {
     "sign without": {"round": "sign", "error_feedback": False},
     "top-k 5 % without": _sparse(0.05, 4, error_feedback=False),
     "auto": "auto",
+    "down bf16": {"down": {"round": "bf16"}},
+    "down int8": {"down": {"round": "int8"}},
+    "down auto": {"down": "auto"},
+    "down uniform 2": {"down": {"round": {"name": "uniform", "bits": 2, "rounding": "nearest"}, "pack": "huffman"}},
+    "down sign": {"down": {"round": "sign"}},
+    "down top-k 10 %": {"down": _sparse(0.10, 4)},
+    "sign and down auto": {"round": "sign", "down": "auto"},
 }
 
 
@@ -66,7 +74,8 @@ def measured(recipe: str, overrides: Sequence[str], codec: Any, seed: int) -> di
     check_methods(loaded)
     with tempfile.TemporaryDirectory() as folder:
         metrics = run(loaded, Path(folder) / "run")
-    return {"loss": metrics["arms"]["federated"]["macro_loss"], "up_mb": metrics["bytes"]["up"] / 1e6}
+    sizes = {f"{way}_mb": metrics["bytes"][way] / 1e6 for way in ("up", "down")}
+    return {"loss": metrics["arms"]["federated"]["macro_loss"], **sizes}
 
 
 def compare(recipe: str, overrides: Sequence[str], codecs: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
@@ -98,32 +107,36 @@ def joined(tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def summary(table: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """By codec: means, the spread of the loss, and ratios to `none` over the seeds that both have."""
-    plain = dict(
-        zip(table["none"]["seed"], zip(*(table["none"][k] for k in ("loss", "up_mb")), strict=True), strict=True)
-    )
+    plain = {seed: _of(table["none"], place) for place, seed in enumerate(table["none"]["seed"])}
     rows = {}
     for name, row in table.items():
-        both = [
-            (loss / plain[seed][0], plain[seed][1] / up)
-            for seed, loss, up in zip(row["seed"], row["loss"], row["up_mb"], strict=True)
-            if seed in plain
-        ]
+        both = [(_of(row, place), plain[seed]) for place, seed in enumerate(row["seed"]) if seed in plain]
         rows[name] = {
             "seeds": len(row["seed"]),
             "up_mb": statistics.mean(row["up_mb"]),
-            "fewer": statistics.mean(fewer for _, fewer in both),
+            "fewer_up": statistics.mean(none["up_mb"] / one["up_mb"] for one, none in both),
+            "down_mb": statistics.mean(row["down_mb"]),
+            "fewer_down": statistics.mean(none["down_mb"] / one["down_mb"] for one, none in both),
             "loss": statistics.mean(row["loss"]),
             "spread": statistics.stdev(row["loss"]) if len(row["loss"]) > 1 else 0.0,
-            "to_none": statistics.mean(ratio for ratio, _ in both),
+            "to_none": statistics.mean(one["loss"] / none["loss"] for one, none in both),
         }
     return rows
 
 
+def _of(row: Mapping[str, Sequence[float]], place: int) -> dict[str, float]:
+    """One seed's figures."""
+    return {key: values[place] for key, values in row.items()}
+
+
 def show(table: Mapping[str, Any]) -> None:
-    print(f"{'codec':24} {'seeds':>5} {'up MB':>9} {'fewer':>7} {'loss':>15} {'to none':>8}")
-    for name, row in sorted(summary(table).items(), key=lambda item: -item[1]["up_mb"]):
+    print(
+        f"{'codec':24} {'seeds':>5} {'up MB':>9} {'fewer':>7} {'down MB':>9} {'fewer':>7} {'loss':>15} {'to none':>8}"
+    )
+    for name, row in sorted(summary(table).items(), key=lambda item: -item[1]["up_mb"] - item[1]["down_mb"]):
+        up, down = (f"{row[f'{way}_mb']:9.4f} {row[f'fewer_{way}']:6.1f}x" for way in ("up", "down"))
         loss = f"{row['loss']:.3f} ± {row['spread']:.3f}"
-        print(f"{name:24} {row['seeds']:5} {row['up_mb']:9.4f} {row['fewer']:6.1f}x {loss:>15} {row['to_none']:8.4f}")
+        print(f"{name:24} {row['seeds']:5} {up} {down} {loss:>15} {row['to_none']:8.4f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .codec.down import down_of
 from .data.canaries import FILE as CANARIES
 from .data.names import require_sites
 from .engines.bench import Bench, build_bench
@@ -174,7 +175,8 @@ def _train(
         private = PrivateRounds.of(recipe, journal, len(sites.names))
         secure = SimulatedSums(recipe, bench.theta.layout) if recipe.privacy.secure_aggregation == "on" else None
         theta, spec = bench.theta.clone(), recipe.federation
-        model = MemoryModel(strategy, theta, folder, bench.save, spec, private, bench.moved, secure)
+        down = down_of(recipe.compression.down, theta.layout, recipe.seed)
+        model = MemoryModel(strategy, theta, folder, bench.save, spec, private, bench.moved, secure, down)
         shelf = FolderShelf(
             folder,
             journal,

@@ -75,6 +75,12 @@ ASKED: dict[str, tuple[Change, bool, str, Change]] = {
         use("fedavg"),
     ),
     "error feedback": (lambda values: values.update(compression="auto"), False, "fedavg", use("fedavg")),
+    "small downloads": (
+        lambda values: values.update(compression={"down": "auto"}),
+        False,
+        "fedavg",
+        use("fedavg"),
+    ),
     "relays": (lambda values: values["federation"].update(relays={"r": ["s"]}), False, "fedavg", use("fedavg")),
 }
 

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 from commonweight.engines.bench import build_bench
 from commonweight.engines.inprocess import InProcessEngine
 from commonweight.errors import StateError
+from commonweight.federation.catch_up import bytes_to_catch_up
 from commonweight.federation.events import Events
 from commonweight.federation.messages import Completed, EvaluateTask
-from commonweight.federation.residuals import Residuals, bytes_to_catch_up
+from commonweight.federation.residuals import Residuals
 from commonweight.launch import run
 from commonweight.model.base import load_base
 from commonweight.recipe import Recipe
@@ -441,11 +442,10 @@ def test_the_sum_of_all_rounds_is_no_larger_than_the_layer(tmp_path: Path) -> No
 
 def test_bytes_to_catch_up_are_those_since_a_site_was_last_invited() -> None:
     commits: dict[int, dict[str, Any]] = {0: {"state": {}}}
-    assert bytes_to_catch_up(commits, ["a", "b"]) == 0
+    assert bytes_to_catch_up(commits, {"a": 1, "b": 5}, small=False) == {"a": 1, "b": 5}
     cohorts = {1: ["a", "b"], 2: ["a"], 3: ["a", "c"]}
     for number, cohort in cohorts.items():
         commits[number] = {"state": {"residual": {"bytes": 10**number}}, "cohort": cohort}
     # round 4: a took part in 3 and has 1 and 2; b took part in 1; d never did
-    assert bytes_to_catch_up(commits, ["a"]) == 1000
-    assert bytes_to_catch_up(commits, ["b"]) == bytes_to_catch_up(commits, ["d"]) == 1110
-    assert bytes_to_catch_up(commits, ["a", "c", "d"]) == 1000 + 1000 + 1110
+    found = bytes_to_catch_up(commits, dict.fromkeys("abcd", 1), small=False)
+    assert found == {"a": 1001, "b": 1111, "c": 1001, "d": 1111}

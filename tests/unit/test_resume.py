@@ -219,6 +219,23 @@ ERRORS = Story(
     keep_updates_over_s=0.0,
     kept=True,
 )
+DOWN = Story(
+    {
+        "federation": {"rounds": 4, "cohort": 2, "strategy": "fedadam"},
+        "training": {"steps": 1},
+        "compression": {"round": "sign", "down": {"shorten": {"name": "top-k", "keep": 0.1}, "round": "int8"}},
+    },
+    deaths(
+        ("write_state", "after", 2),  # round 1's model and what is late of it are written, not committed
+        ("journal.commit", "before"),
+        ("journal.commit", "after"),
+        ("journal.keep_update", "after"),
+        ("write_state", "before"),
+        ("write_state", "after"),
+    ),
+    keep_updates_over_s=0.0,
+    kept=True,
+)
 STORIES = {
     "every arm": EVERY_ARM,
     "site state": SITE_STATE,
@@ -228,6 +245,7 @@ STORIES = {
     "parts": PARTS,
     "moved base": MOVED_BASE,
     "errors": ERRORS,
+    "down": DOWN,
 }
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import RecipeError
 from ..model.tensors import Entry, Layout
 from ..recipe.problems import validate
-from ..recipe.schema import NO_STAGE, STAGES, CompressionSpec, Method
+from ..recipe.schema import NO_STAGE, STAGES, CodecSpec, CompressionSpec, Method
 from ..recipe.source import Source
 from ..registry import resolve
 from .rounding import Plain
@@ -166,16 +166,16 @@ class Codec:
         return raw
 
 
-def codec_of(spec: CompressionSpec) -> Codec | None:
+def codec_of(spec: CodecSpec) -> Codec | None:
     """The codec of a recipe's own stages; None: it names none.
 
     Raises:
         RecipeError: a stage's options are wrong, or a class of somebody's own is no such stage.
     """
-    if all(getattr(spec, field).name == NO_STAGE for field in STAGES):
+    if not spec.has_stages:
         return None
-    stages = [_stage(kind, field, getattr(spec, field)) for field, kind in STAGES.items()]
-    return Codec([stage for stage in stages if stage is not None], unbiased=not spec.error_feedback)
+    stages = [_stage(kind, (*spec.loc, field), getattr(spec, field)) for field, kind in STAGES.items()]
+    return Codec([stage for stage in stages if stage is not None], unbiased=spec.unbiased)
 
 
 #: what `compression.budget_mb` chooses from
@@ -210,15 +210,15 @@ def codecs_of(spec: CompressionSpec) -> list[Codec]:
     return [codec for codec in found if codec is not None]
 
 
-def _stage(kind: str, field: str, method: Method) -> Stage | None:
+def _stage(kind: str, loc: tuple[str, ...], method: Method) -> Stage | None:
     if method.name == NO_STAGE:
         return None
     found = resolve(kind, method.name)
     if not issubclass(found, _BY_KIND[kind]):
         raise RecipeError(
-            f"compression.{field}: {method.name!r} is no {kind}", hint=f"name a subclass of {_BY_KIND[kind].__name__}"
+            f"{'.'.join(loc)}: {method.name!r} is no {kind}", hint=f"name a subclass of {_BY_KIND[kind].__name__}"
         )
-    made: Stage = found(validate(found.Options, Source(method.options), ("compression", field)))
+    made: Stage = found(validate(found.Options, Source(method.options), loc))
     return made
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..codec.down import Down, num_bytes
 from ..errors import RoundError
 from ..model.clusters import channel_of
 from ..model.moved_base import MovedBase
@@ -29,6 +30,9 @@ from .private_rounds import PrivateRounds
 from .relays import merge_partials
 from .residuals import Residual, Residuals
 from .secure_rounds import SimulatedSums
+
+#: in a state's file, beside the strategy's slots: what sites were not sent yet
+_LATE = "slot/late-theta"
 
 
 class GlobalModel(Protocol):
@@ -90,6 +94,8 @@ class MemoryModel:
         private: makes rounds' sums private; None: they are not.
         base: what the participants' models compute with under the adapter, if the strategy adds to it.
         secure: adds updates up where nobody sees one alone; None: they are folded as they are.
+        down: makes what a round has changed small on its way to the sites, who then hold what is coded, and that is
+            the model; None: it is sent as it is.
     """
 
     def __init__(
@@ -102,6 +108,7 @@ class MemoryModel:
         private: PrivateRounds | None = None,
         base: MovedBase | None = None,
         secure: SimulatedSums | None = None,
+        down: Down | None = None,
     ) -> None:
         if strategy.moves_base and base is None:
             raise ValueError(f"{strategy.name} adds to the base, and there is none to add to")
@@ -109,7 +116,8 @@ class MemoryModel:
         self._base, self.residuals = base, Residuals(folder.path)
         self.clusters: dict[str, int] = {}
         self.state: ServerState
-        self.private, self.secure = private, secure
+        self.private, self.secure, self.down = private, secure, down
+        self._late = None if down is None else NamedTensors.zeros(theta.layout, wide=True)
         self.totals: Totals | None = None
         self._relays = () if spec is None else tuple(spec.relays)
         self._relay_of = {} if spec is None else spec.relay_of
@@ -128,6 +136,7 @@ class MemoryModel:
 
     def restore(self, round: int, record: Mapping[str, Any]) -> None:
         groups = read_tensors(self.folder.state_file(round), self.layout, sha256=record["sha256"])
+        self._late = groups.pop(_LATE, None)
         slots = {name.removeprefix("slot/"): t for name, t in groups.items() if name != "theta"}
         self.state, self._round = ServerState(groups["theta"], slots, dict(record.get("numbers", {}))), round
         if "residual" in record:
@@ -184,6 +193,7 @@ class MemoryModel:
         if self.private is not None:
             assert isinstance(self.strategy, SumStrategy)
             self.strategy.private = self.private.mean(round)
+        before = self.state.theta.clone() if self.down is not None else None
         self.state = self.strategy.close(self.state, whole)
         bad = first_non_finite(self.state.theta)
         if bad is not None:
@@ -191,16 +201,26 @@ class MemoryModel:
                 f"round {round}: {self.strategy.name}'s step made {bad!r} non-finite; the round was not committed",
                 hint="lower the strategy's lr or the sites' training.lr",
             )
+        sent = None if before is None else self._follow(round, before)
         self._round = round
         if 0 < self.strategy.grouping_round <= round:
             self.clusters.update(self._of)
         folder = self.folder.round_folder(round)
         self.save_models(folder, folder, self.clusters)
         record = self._write(round)
+        if sent is not None:
+            record["down"] = {"bytes": sent}
         if self.strategy.moves_base:
             record["residual"] = self.residuals.write(round, self.state.residual)
             self._move(self.state.residual)
         return record
+
+    def _follow(self, round: int, before: NamedTensors) -> int:
+        """Make of what the round's step has left what sites will hold; returns the bytes that they are sent."""
+        assert self.down is not None
+        assert self._late is not None
+        coded = self.down.follow(round, before, self.state.theta, self._late)
+        return num_bytes([len(one.payload) for one in coded])
 
     def _move(self, residual: Residual) -> None:
         assert self._base is not None
@@ -231,6 +251,8 @@ class MemoryModel:
     def _write(self, round: int) -> dict[str, Any]:
         state = self.state
         groups = {"theta": state.theta, **{f"slot/{name}": slot for name, slot in state.slots.items()}}
+        if self._late is not None:
+            groups[_LATE] = self._late
         file = self.folder.state_file(round)
         record = {"file": file.name, "sha256": write_tensors(file, groups)}
         return {**record, "numbers": dict(state.numbers)} if state.numbers else record

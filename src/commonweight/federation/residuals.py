@@ -6,7 +6,7 @@ them and for their order, and the base is built again from them to the bit. A ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +105,3 @@ def _changes(residuals: Residuals, last: int, adapter: Path) -> dict[str, Factor
 def _factors(tensors: Mapping[str, Any]) -> dict[str, Factors]:
     modules = sorted({key.rpartition("/")[0] for key in tensors})
     return {module: Factors(tensors[f"{module}/B"], tensors[f"{module}/A"]) for module in modules}
-
-
-def bytes_to_catch_up(commits: Mapping[int, Mapping[str, Any]], cohort: Sequence[str]) -> int:
-    """Bytes of the residuals that a new round's sites have not received: those since each was last invited.
-
-    Args:
-        commits: the journal's records of the rounds so far.
-        cohort: the sites invited to the round after them.
-    """
-    sizes = {round: record["state"].get("residual", {}).get("bytes", 0) for round, record in commits.items()}
-    invited = {site: round for round, record in commits.items() for site in record.get("cohort", ())}
-    # a round's task brings what the rounds before it have added
-    return sum(size for site in cohort for round, size in sizes.items() if round >= invited.get(site, 0))

@@ -27,6 +27,7 @@ from ..strategies.base import Strategy
 from ..strategies.update import Update
 from ..train.schedule import lr_in_round
 from ..train.start import check_cluster
+from .catch_up import bytes_to_catch_up
 from .clusters import clusters_in_rounds
 from .cohort import choose_cohort, new_round, resting_sites
 from .evaluation import Evaluation
@@ -36,14 +37,13 @@ from .journal import RunJournal
 from .ledger import Charges
 from .messages import Dropped, Engine, EvaluateTask, Outcome, TrainTask
 from .private_rounds import spends_of
-from .residuals import bytes_to_catch_up
 from .round import Answered, Committed, DeadlinePassed, Failed, Phase, Round
 from .secure_rounds import SecureRounds, Terms
 from .shelf import Shelf
 from .tally import Sites, Tally, Timing
 
 #: what an event says by itself, or does not say; a site's metric of such a name is not shown with it
-_EVENT_FIELDS = frozenset({"self", "t", "event", "round", "site", "examples", "bytes_up", UNDER_CLIP})
+_EVENT_FIELDS = frozenset({"self", "t", "event", "round", "site", "examples", "bytes_up", "bytes_down", UNDER_CLIP})
 
 
 class FederatedRun:
@@ -131,8 +131,12 @@ class FederatedRun:
         self.model.open()
         if self.model.private is not None:
             self.model.private.open()
-        further = bytes_to_catch_up(self.journal.commits(), cohort) if self.strategy.moves_base else 0
-        tally = Tally(lr, self.model.layout, self.sites, further, channels=len(self.strategy.update_channels))
+        up, down = len(self.strategy.update_channels), 1 + len(self.strategy.broadcast_channels)
+        tally = Tally(lr, self.model.layout, self.sites, channels=up, copies_down=down)
+        small = self.recipe.compression.down.has_stages
+        if small or self.strategy.moves_base:
+            whole = {site: tally.bytes_to(site) for site in cohort}
+            tally.fetched = bytes_to_catch_up(self.journal.commits(), whole, small=small)
         if self.secure is not None:
             tally.bytes_of_update = row_layout(self.model.layout).num_bytes
             round = self._share_keys(round, lr, self.secure)
@@ -254,7 +258,7 @@ class FederatedRun:
         figures = {name: value for name, value in update.metrics.items() if name not in _EVENT_FIELDS}
         if self.secure is None:
             figures["examples"] = update.num_examples
-        figures["bytes_up"] = tally.bytes_of(update)
+        figures |= {"bytes_up": tally.bytes_of(update), "bytes_down": tally.bytes_to(update.site)}
         self.events.emit("update_accepted", round=round.number, site=update.site, **figures)
         return after
 

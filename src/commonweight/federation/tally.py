@@ -68,14 +68,16 @@ class Tally:
         layout: of the global tensors.
         sites: those that send or fetch less say so.
         channels: of an update.
-        further_bytes_down: what the cohort receives beside the global tensors, all sites together.
+        copies_down: of its tensors that a site fetches: the strategy's other channels are of the same size.
+        fetched: what each site of the cohort fetches, if that is something else than copies.
         bytes_of_update: what a site sends, if that is no copy of its tensors.
     """
 
     lr: float
     layout: Layout
     sites: Sites
-    further_bytes_down: int = 0
+    copies_down: int = 1
+    fetched: Mapping[str, int] = field(default_factory=dict)
     channels: int = 1
     bytes_of_update: int | None = None
     updates: int = 0
@@ -109,6 +111,10 @@ class Tally:
         copy = self.sites.bytes_up.get(update.site, self.layout.num_bytes)
         return update.num_bytes or copy * self.channels
 
+    def bytes_to(self, site: str) -> int:
+        """What a site fetches for its task."""
+        return self.fetched.get(site, self.sites.bytes_down.get(site, self.layout.num_bytes) * self.copies_down)
+
     def record(self, cohort: Iterable[str], strategy: Strategy, *, relays: bool = False) -> dict[str, Any]:
         """`bytes_up`: what sites send, `bytes_down`: what they fetch. With relays, `bytes_received`: what reaches the
         coordinator, which is one sum a region, in float32 at least, and the updates that came by themselves.
@@ -118,7 +124,6 @@ class Tally:
             cohort: the sites that were given a task, one as often as it was.
         """
         copy, channels = self.layout.num_bytes, len(strategy.update_channels)
-        fetched = sum(self.sites.bytes_down.get(site, copy) for site in cohort)
         received = (self.updates - sum(self.relays.values())) * copy + len(self.relays) * self.layout.num_wide_bytes
         return {
             "lr": self.lr,
@@ -127,6 +132,6 @@ class Tally:
             "examples": self.examples,
             "label_tokens": self.label_tokens,
             "bytes_up": self.bytes_up,
-            "bytes_down": fetched * (1 + len(strategy.broadcast_channels)) + self.further_bytes_down,
+            "bytes_down": sum(self.bytes_to(site) for site in cohort),
             **({"bytes_received": received * channels} if relays else {}),
         }

@@ -127,6 +127,22 @@ FEATURES = (
         "Set compression.error_feedback to false, or use the strategy fedavg",
     ),
     Feature(
+        "small downloads",
+        lambda recipe, network: recipe.compression.down.has_stages,
+        lambda strategy: (
+            not (
+                _is(strategy, "asynchronous")
+                or _is(strategy, "clustered")
+                or _is(strategy, "moves_base")
+                or _is(strategy, "mixed_shapes")
+                or _is(strategy, "broadcast_channels")
+            )
+        ),
+        "sites are sent small differences of the one model that all of them hold, and this strategy sends them more "
+        "than one model, other parts of it or other factors of it from round to round, or has no rounds",
+        "Leave compression.down out, or use the strategy fedavg",
+    ),
+    Feature(
         "differential privacy of examples",
         lambda recipe, network: recipe.privacy.dp == "example",
         lambda strategy: (

@@ -56,8 +56,10 @@ def json_schema() -> dict[str, Any]:
     sections = schema["$defs"]
     _allow(sections["FederationSpec"], "strategy", _method_forms("strategy"), sections)
     _allow(sections["TrainingSpec"], "objective", _method_forms("objective"), sections)
-    for stage, kind in STAGES.items():
-        _allow(sections["CompressionSpec"], stage, _method_forms(kind), sections)
+    for section in ("CompressionSpec", "DownSpec"):
+        for stage, kind in STAGES.items():
+            _allow(sections[section], stage, _method_forms(kind), sections)
+    _allow(sections["CompressionSpec"], "down", [{"enum": ["none", "auto"]}], sections)
     _allow(schema, "compression", [{"enum": ["none", "auto"]}], sections)
     _allow(sections["FederationSpec"], "cohort", _cohort_forms(sections), sections)
     return {"$schema": DRAFT, **schema, "title": "commonweight recipe"}

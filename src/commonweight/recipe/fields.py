@@ -10,11 +10,12 @@ import annotated_types
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from .schema import CohortSpec, CompressionSpec, Method
+from .schema import CohortSpec, CompressionSpec, DownSpec, Method
 from .source import Loc
 
 SHORT_FORMS: dict[type[BaseModel], str] = {
     CompressionSpec: "`none`, `auto`, or a section: a mapping of its own fields",
+    DownSpec: "`none`, `auto`, or a section: a mapping of its own fields",
     Method: "a method's name, or `{name: …}` with its options",
     CohortSpec: "`all`, a whole number of sites, a fraction (0.5), `{count: …}` or `{fraction: …}`",
 }

@@ -22,7 +22,7 @@ from .compatibility import check_pairings
 from .overrides import apply_overrides
 from .problems import validate
 from .resolved import recipe_differences, recipe_digest, recipe_text
-from .schema import NO_STAGE, STAGES, Method, Recipe
+from .schema import NO_STAGE, STAGES, CodecSpec, Method, Recipe
 from .source import Source, read_source
 
 __all__ = [
@@ -77,22 +77,33 @@ def check_methods(recipe: Recipe, *, network: bool = False, objective: bool = Tr
     _check_method("strategy", ("federation", "strategy"), recipe.federation.strategy)
     if objective:
         _check_method("objective", ("training", "objective"), recipe.training.objective)
-    for stage, kind in STAGES.items():
-        method = getattr(recipe.compression, stage)
-        if method.name != NO_STAGE:
-            if network and method.name not in registry.built_in(kind):
-                raise RecipeError(
-                    f"`compression.{stage}`: {method.name!r} is not commonweight's own, and both ends of a network "
-                    "must read a payload alike",
-                    hint=f"use one of {', '.join(registry.names(kind))}, or carry the recipe out by `commonweight run`",
-                )
-            _check_method(kind, ("compression", stage), method)
+    _check_codec(recipe.compression, network=network)
+    _check_codec(recipe.compression.down, network=network)
     check_pairings(recipe, network=network)
+    if network and recipe.compression.down.has_stages:
+        raise RecipeError(
+            "`compression.down`: over a network global tensors are sent as they are",
+            hint="leave it out, or carry the recipe out by `commonweight run`",
+        )
     if network and recipe.privacy.canaries.count:
         raise RecipeError(
             "`privacy.canaries`: over a network nobody may see which canaries a site has planted and ask the model too",
             hint="leave it out, or carry the recipe out by `commonweight run`, where all rows are at hand",
         )
+
+
+def _check_codec(spec: CodecSpec, *, network: bool) -> None:
+    for stage, kind in STAGES.items():
+        method, loc = getattr(spec, stage), (*spec.loc, stage)
+        if method.name == NO_STAGE:
+            continue
+        if network and method.name not in registry.built_in(kind):
+            raise RecipeError(
+                f"`{'.'.join(loc)}`: {method.name!r} is not commonweight's own, and both ends of a network "
+                "must read a payload alike",
+                hint=f"use one of {', '.join(registry.names(kind))}, or carry the recipe out by `commonweight run`",
+            )
+        _check_method(kind, loc, method)
 
 
 def builtin_recipes() -> list[str]:

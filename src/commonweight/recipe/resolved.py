@@ -53,10 +53,11 @@ def _side(effects: dict[tuple[str, ...], Any], path: tuple[str, ...]) -> str:
 
 def _values(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
-    stages = (("compression", stage) for stage in STAGES)
-    for section, key in (("federation", "strategy"), ("training", "objective"), *stages):
-        method = values[section][key]
-        values[section][key] = {"name": method.pop("name"), **_sorted(method)}
+    codecs = (values["compression"], values["compression"]["down"])
+    stages = ((codec, stage) for codec in codecs for stage in STAGES)
+    for section, key in ((values["federation"], "strategy"), (values["training"], "objective"), *stages):
+        method = section[key]
+        section[key] = {"name": method.pop("name"), **_sorted(method)}
     return values
 
 

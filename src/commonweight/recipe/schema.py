@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -725,6 +725,8 @@ STAGES = {"shorten": "shortening", "round": "rounding", "pack": "packing"}
 NO_STAGE = "none"
 #: `compression: auto`
 AUTO_COMPRESSION = {"round": {"name": "sign"}}
+#: `compression.down: auto`
+AUTO_DOWN = {"round": {"name": "uniform", "bits": 4, "rounding": "nearest"}, "pack": {"name": "huffman"}}
 
 
 def _compression(value: object) -> object:
@@ -733,12 +735,17 @@ def _compression(value: object) -> object:
     return AUTO_COMPRESSION if value == "auto" else value
 
 
-class CompressionSpec(Section):
-    """How updates are made small on their way to the coordinator: `none`, `auto`, or stages by name.
+def _down(value: object) -> object:
+    if value == "none":
+        return {}
+    return AUTO_DOWN if value == "auto" else value
 
-    An update is shortened, then rounded, then packed, each by the method named here or by none. `auto` is `{round:
-    sign}` with error feedback: 30 times fewer bytes than float32.
-    """
+
+class CodecSpec(Section):
+    """A codec's stages."""
+
+    #: where it stands in the recipe
+    loc: ClassVar[tuple[str, ...]] = ("compression",)
 
     shorten: MethodField = Field(
         Method(name=NO_STAGE), description="Which numbers are sent: `top-k`, `random-k`, `low-rank`, or `none`: all."
@@ -748,17 +755,48 @@ class CompressionSpec(Section):
         description="In how many bits: `bf16`, `fp16`, `int8`, `uniform`, `nf4`, `sign`, or `none`: as they are.",
     )
     pack: MethodField = Field(Method(name=NO_STAGE), description="Without loss: `huffman`, or `none`.")
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the mean of many codings is to be what was coded; of no use where what is lost is sent later."""
+        return False
+
+    @property
+    def has_stages(self) -> bool:
+        return any(getattr(self, stage).name != NO_STAGE for stage in STAGES)
+
+
+class DownSpec(CodecSpec):
+    """How the global tensors are made small on their way to the sites: `none`, `auto`, or stages by name.
+
+    Sites are sent the coded difference from what they hold, and all hold the same: what a coding loses the coordinator
+    keeps and adds to the next difference. The initial tensors each site makes by itself. `auto` is 4 bits a number,
+    `{name: uniform, bits: 4, rounding: nearest}`, packed by `huffman`.
+    """
+
+    loc = ("compression", "down")
+
+
+class CompressionSpec(CodecSpec):
+    """How updates are made small on their way to the coordinator: `none`, `auto`, or stages by name.
+
+    An update is shortened, then rounded, then packed, each by the method named here or by none. `auto` is `{round:
+    sign}` with error feedback: 30 times fewer bytes than float32.
+    """
+
     error_feedback: bool = Field(
         True,
         description="What is lost in one round is sent in the next: a site keeps it. Without, stages that can be are "
         "right in the mean instead.",
     )
-
     budget_mb: float | None = Field(
         None,
         gt=0,
         description="In place of stages: MB that a site may send in a round. Each update is coded by whichever of some "
         "twenty codecs stays within that and loses least of it.",
+    )
+    down: Annotated[DownSpec, BeforeValidator(_down)] = Field(
+        default_factory=DownSpec, description="The other way: `none`, `auto`, or how the global tensors are made small."
     )
 
     @model_validator(mode="after")
@@ -769,8 +807,13 @@ class CompressionSpec(Section):
         return self
 
     @property
+    def unbiased(self) -> bool:
+        return not self.error_feedback
+
+    @property
     def active(self) -> bool:
-        return self.budget_mb is not None or any(getattr(self, stage).name != NO_STAGE for stage in STAGES)
+        """Whether updates are made small."""
+        return self.budget_mb is not None or self.has_stages
 
     @property
     def loses(self) -> bool:
@@ -862,8 +905,6 @@ class Recipe(Section):
             return "privacy.adaptive_clip counts the sites within the clipping norm, and a sum has no place for that"
         if self.model.adapter.shaped:
             return "rows of one length are added, and model.adapter gives some sites a part of it"
-        if self.compression.active:
-            return "whole rows are added, which `compression` does not send"
         if self.compression.active:
             return "`compression` makes of an update what cannot be added to others"
         return ""
