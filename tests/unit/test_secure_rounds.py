@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 
 from commonweight.engines.work import TaskWork, Trained
 from commonweight.errors import QuorumError, RecipeError, RoundError, SiteError
+from commonweight.federation.groups import Groups
 from commonweight.federation.journal import Journal
 from commonweight.federation.messages import TrainTask
-from commonweight.federation.secure_rounds import SimulatedSums, Terms, check_sums
+from commonweight.federation.secure_rounds import SimulatedSum, SimulatedSums, Terms, check_sums
 from commonweight.launch import run
-from commonweight.model.tensors import NamedTensors, l2_norm
+from commonweight.model.tensors import Layout, NamedTensors, l2_norm
 from commonweight.privacy.secure_aggregation.masks import Expander
+from commonweight.privacy.secure_aggregation.messages import Session
 from commonweight.privacy.secure_aggregation.rows import Most, RowCode, row_layout
 from commonweight.privacy.site_level import clip_
 from commonweight.recipe import Recipe
@@ -145,7 +147,7 @@ def test_a_fold_of_an_opened_sum_is_that_of_its_updates() -> None:
     sites = (*SITES, "coast", "fen")
     recipe, layout = recipe_of(), tensors(0).layout
     sums = SimulatedSums(recipe, layout)
-    sums.begin(1, sites, Terms(0.1, {"kind": "none"}, Most(40, 4000)))
+    sums.begin(1, Groups((sites,)), Terms(0.1, {"kind": "none"}, Most(40, 4000)))
     plain = WeightedSum(layout, ("delta",))
     there = [site for site in sites if site not in ("south", "fen")]
     for place, site in enumerate(there):
@@ -154,7 +156,8 @@ def test_a_fold_of_an_opened_sum_is_that_of_its_updates() -> None:
         plain.add(update)
     sums.open(1, there)
     fold = WeightedSum(layout, ("delta",))
-    totals = sums.into(fold)
+    ((_, opened),) = sums.opened
+    totals = opened.into(fold)
     assert (fold.num_updates, fold.total_weight) == (plain.num_updates, plain.total_weight) == (5, totals.weight)
     for dtype, found in fold.mean().floating():
         torch.testing.assert_close(found, plain.sums["delta"].flats[dtype] / plain.total_weight, rtol=1e-6, atol=1e-6)
@@ -167,19 +170,22 @@ def theta_of(folder: Path, round: int) -> dict[str, torch.Tensor]:
     return load_file(folder / "rounds" / f"{round:04d}" / "adapter_model.safetensors")
 
 
-class Unmasked(SimulatedSums):
-    """The same sums, of rows that nobody masks: in any order, and twice as long under way."""
+class Unmasked(SimulatedSum):
+    """The same sum, of rows that nobody masks: in any order, and twice as long under way."""
 
-    def begin(self, round: int, cohort: Any, terms: Terms) -> Mapping[str, str]:
-        self.code = RowCode.of(self.recipe, self.layout, len(cohort), terms.most)
+    def __init__(self, recipe: Recipe, layout: Layout, session: Session, terms: Terms, identities: Any) -> None:
+        self.sites, self.layout = session.sites, layout
+        self.code = RowCode.of(recipe, layout, len(session.sites), terms.most)
         self.rows: dict[str, np.ndarray[Any, Any]] = {}
-        self._clipped = {}
-        return {}
 
-    def add(self, update: Update) -> None:
+    @property
+    def there(self) -> list[str]:
+        return list(self.rows)
+
+    def add(self, update: Update) -> int:
         row = np.empty(self.code.length, dtype=np.uint32)
         metrics = update.metrics
-        self.code.encode(
+        clipped = self.code.encode(
             update.delta,
             examples=update.num_examples,
             label_tokens=update.num_label_tokens,
@@ -187,15 +193,12 @@ class Unmasked(SimulatedSums):
             out=row,
         )
         self.rows[update.site] = row
+        return clipped
 
-    def open(self, round: int, survivors: Any) -> None:
+    def open(self) -> None:
         self._total = np.zeros(self.code.length, dtype=np.uint32)
         for site in reversed(self.rows):
             self._total += self.rows[site]
-
-    def into(self, fold: WeightedSum) -> Any:
-        self._collector = type("Counted", (), {"masked": list(self.rows)})
-        return super().into(fold)
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "rolora"])
@@ -205,7 +208,7 @@ def test_masks_change_no_bit(
     recipe = make_recipe(privacy=SECURE, federation={"strategy": strategy, "rounds": 2})
     found = run(recipe, tmp_path / "masked")
     run(recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"workers": 1})}), tmp_path / "again")
-    monkeypatch.setattr("commonweight.launch.SimulatedSums", Unmasked)
+    monkeypatch.setattr("commonweight.federation.secure_rounds.SimulatedSum", Unmasked)
     plain = run(recipe, tmp_path / "plain")
     for name, tensor in theta_of(tmp_path / "masked", 2).items():
         assert torch.equal(tensor, theta_of(tmp_path / "plain", 2)[name]), name

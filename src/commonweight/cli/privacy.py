@@ -77,7 +77,8 @@ def plan(
     rounds, spec = loaded.federation.rounds, loaded.privacy
     secure, why = secure_sums(loaded, _MANY)
     sums = {"secure_sums": secure, "why_not_secure": why or None}
-    told = "on, of at least 3 sites" if secure else f"off, {why}"
+    size = loaded.privacy.secure_group_size
+    told = f"on, of at least {size or 3} sites{' each, in groups' if size else ''}" if secure else f"off, {why}"
     if spec.dp == "none":
         if json:
             print_json(dict.fromkeys(_PLAN_KEYS) | {"dp": "none", "rounds": rounds} | sums)

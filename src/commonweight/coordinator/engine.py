@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from ..errors import CommonweightError, SiteError
 from ..federation.cohort import new_round
 from ..federation.events import Events
+from ..federation.groups import Groups
 from ..federation.messages import (
     ChainTask,
     Completed,
@@ -30,7 +31,6 @@ from ..federation.messages import (
 )
 from ..federation.round import DeadlinePassed, Failed, Phase, Round
 from ..model.tensors import NamedTensors
-from ..privacy.secure_aggregation.graph import majority
 from ..wire.partial import parse_partial
 from ..wire.protocol_pb2 import SignedPartial
 from .access import ACTIVE
@@ -224,8 +224,8 @@ class Errand:
         # before the round: an answer that is accepted meanwhile ends its task too, and must not look lost
         known = {row.id: row for row in self.store.tasks(lease.run, self.round)}
         if self.trains:
-            least = majority(len(self.secure["sites"])) if self.secure is not None else 0
-            fresh = new_round(self.round, tuple(self.trains), self.spec, self.engine.num_sites, least=least)
+            cohort, num_sites = tuple(self.trains), self.engine.num_sites
+            fresh = new_round(self.round, cohort, self.spec, num_sites, groups=self._groups())
             found = self.store.round_state(lease.run, self.round)
             if found is not None and found[0].phase is Phase.ABANDONED and self.secure is None:
                 fresh = reopened(found[0])  # rows that were masked for another attempt are of no use in this one
@@ -244,6 +244,14 @@ class Errand:
                 self.rows[index] = self.engine.row(task, self.round, deadline_at, attempt)
                 new.append(self.rows[index])
         self.store.add_tasks(lease, [*new, *self._relay_tasks(waiting, known)])
+
+    def _groups(self) -> Groups | None:
+        """Of the round's secure sums, those that were lost before it began among them."""
+        if self.secure is None:
+            return None
+        plan = self.engine.plan
+        cohort = self.secure["terms"].get("cohort", self.secure["sites"])
+        return Groups.of(plan.recipe, cohort, self.round, least=plan.strategy(1).least_updates)
 
     def _relay_tasks(self, waiting: set[str], known: Mapping[str, TaskRow]) -> list[TaskRow]:
         """The tasks of relays that are not out yet; each relay has one in a round."""
@@ -381,8 +389,7 @@ class Errand:
             self.store.apply(self.engine.run_id, self.round, Failed(site, self.round, reason))
             del gone[site]
         lost = {site: seconds for site, seconds in gone.items() if seconds > self.spec.patience_s}
-        present = len(waiting) - len(lost)
-        if not lost or len(round.answered) + present < round.needed:
+        if not lost or not round.met_by({*round.answered, *waiting} - set(lost)):
             return (self._round_now() or round) if revoked else round
         for site, seconds in lost.items():
             reason = f"away for {seconds:.0f} s"

@@ -6,6 +6,8 @@ All that a sum is made of lies in the database: the sites' answers, and in the j
 a coordinator that was killed asks for the same again, finds it answered, and goes on. An attempt that comes to nothing
 is struck out as a whole; the next one has another number, and with it fresh keys, tasks and uploads.
 
+Groups take each step together, and each comes to its sum, or to nothing, by itself.
+
 Journal key: `secure/NNNN`: `attempt`, and by step the sites whose answers were taken (those of an open round).
 """
 
@@ -13,11 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import AccessError, QuorumError, UpdateRefused
+from ..federation.groups import Groups
 from ..federation.messages import SUM_STEPS, Completed, Dropped, SumTask
 from ..federation.round import Phase, Unopened
 from ..federation.secure_rounds import Terms, config_of
@@ -28,12 +32,40 @@ from ..privacy.secure_aggregation.messages import Advert, Reveal, Session
 from ..privacy.secure_aggregation.rows import RowCode
 from ..strategies.update import Update
 from .engine import NetworkEngine
+from .masked_updates import OpenedSum
 from .store import StoreJournal
 
 #: who is away is looked for this often
 _LOOK_S = 0.2
 
 Answers = dict[str, dict[str, Any]]
+
+
+@dataclass
+class GroupSum:
+    """The sum of one group in one attempt, or that of the whole cohort.
+
+    Args:
+        common: what each step's task says of it.
+        error: why it has come to nothing; None: it has not.
+    """
+
+    place: int
+    session: Session
+    collector: Collector
+    code: RowCode
+    common: Mapping[str, Any]
+    error: QuorumError | None = None
+
+    def has_enough(self, answers: Answers) -> bool:
+        return sum(site in answers for site in self.session.sites) >= self.session.needed
+
+    def can_open(self, answers: Answers) -> bool:
+        for site in self.session.sites:
+            if site in answers and site not in self.collector.reveals:
+                with suppress(UpdateRefused):
+                    self.collector.reveal(_reveal(site, answers[site]))
+        return self.has_enough(answers) and self.collector.can_open()
 
 
 class NetworkSums:
@@ -49,26 +81,27 @@ class NetworkSums:
         self.spec = engine.plan.recipe.federation
         self._job = hashlib.sha256(self.store.run_row(engine.run_id).job).digest()
         self._seats: dict[str, dict[str, Any]] = {}
-        #: what takes the masks off the round's sum, once it is open
-        self.masks: list[tuple[bytes, int]] = []
+        #: what takes the masks off the round's sums, once they are open
+        self.opened: list[OpenedSum] = []
 
     # --- before the sites train
 
-    def begin(self, round: int, cohort: Sequence[str], terms: Terms) -> Mapping[str, str]:
+    def begin(self, round: int, groups: Groups, terms: Terms) -> Mapping[str, str]:
         self._number, self._record, self._lost = round, self._recalled(round), dict[str, str]()
-        self._seats, self.masks, sites = {}, [], tuple(cohort)
-        self.code = RowCode.of(self.plan.recipe, self.plan.layout, len(sites), terms.most)
+        self._needed, self._seats, self.opened = groups.needed, {}, []
         self._keys = {p.name: p.signing_key for p in self.store.principals("site")}
         told = terms.to_json()
-        self._common = {"attempt": self._record["attempt"], "sites": list(sites), "terms": told}
         config = config_of(self._job, self.engine.base, told)
-        self._session = Session(self.engine.run_id, round, self._record["attempt"], sites, config)
-        self._collector = Collector(self._session, verify=self._verify)
-        try:
-            self._share()
-        except QuorumError as error:
-            reasons = dict.fromkeys(sites, error.message)
-            return {**reasons, **self._lost}
+        attempt, plan = self._record["attempt"], self.plan
+        self._sums = []
+        for place, sites in enumerate(groups.members):
+            session = Session(self.engine.run_id, round, attempt, sites, config)
+            collector = Collector(session, verify=self._verify)
+            code = RowCode.of(plan.recipe, plan.layout, len(sites), terms.most)
+            common = {"attempt": attempt, "sites": list(sites), "terms": told}
+            self._sums.append(GroupSum(place, session, collector, code, common))
+        self._sum_of = {site: one for one in self._sums for site in one.session.sites}
+        self._share()
         return self._lost
 
     def _recalled(self, number: int) -> dict[str, Any]:
@@ -92,38 +125,52 @@ class NetworkSums:
         return site in self._keys and verify(self._keys[site], SUM, message, signature)
 
     def _share(self) -> None:
-        """Keys, and then shares, go round.
-
-        Raises:
-            QuorumError: too few sites answered.
-        """
-        session, collector = self._session, self._collector
-        said = {}
-        for site, answer in self._step("keys", session.sites, {}, self._enough).items():
+        """Keys, and then shares, go round."""
+        said, nothing = {}, dict[str, Any]()
+        everyone = {site: nothing for one in self._sums for site in one.session.sites}
+        for site, answer in self._step("keys", everyone, GroupSum.has_enough).items():
             try:
                 self._check_certificate(site, answer["certificate"])
-                collector.advert(_advert(site, answer))
+                self._sum_of[site].collector.advert(_advert(site, answer))
                 said[site] = answer
             except (UpdateRefused, AccessError) as error:
                 self._lost[site] = error.message
-        adverts = collector.close_adverts()
-        handed = {advert.site: said[advert.site] for advert in adverts}
-        for site, answer in self._step("shares", [a.site for a in adverts], handed, self._enough).items():
+        asked = dict[str, Mapping[str, Any]]()
+        for one in self._going():
+            with self._alone(one):
+                handed = {advert.site: said[advert.site] for advert in one.collector.close_adverts()}
+                asked |= dict.fromkeys(handed, handed)
+        for site, answer in self._step("shares", asked, GroupSum.has_enough).items():
             try:
-                collector.shares(site, {peer: bytes.fromhex(box) for peer, box in answer["boxes"].items()})
+                boxes = {peer: bytes.fromhex(box) for peer, box in answer["boxes"].items()}
+                self._sum_of[site].collector.shares(site, boxes)
             except UpdateRefused as error:
                 self._lost[site] = error.message
-        for site, boxes in collector.close_shares().items():
-            self._seats[site] = {**self._common, "boxes": {peer: box.hex() for peer, box in boxes.items()}}
+        for one in self._going():
+            with self._alone(one):
+                for site, sealed in one.collector.close_shares().items():
+                    self._seats[site] = {**one.common, "boxes": {peer: box.hex() for peer, box in sealed.items()}}
+
+    def _going(self) -> list[GroupSum]:
+        """The sums that have not come to nothing; none, if they are too few for the round to be of use."""
+        going = [one for one in self._sums if one.error is None]
+        return going if len(going) >= self._needed else []
+
+    @contextmanager
+    def _alone(self, one: GroupSum) -> Iterator[None]:
+        """If a sum comes to nothing the others may go on without it."""
+        try:
+            yield
+        except QuorumError as error:
+            one.error = error
+            for site in one.session.sites:
+                self._lost.setdefault(site, error.message)
 
     def _check_certificate(self, site: str, certificate: str) -> None:
         """Others will look at it too, and would refuse everybody's keys for the sake of a false one."""
         holder = verify_certificate(certificate.encode(), self.authority)
         if (holder.role, holder.name, holder.signing_key) != ("site", site, self._keys[site]):
             raise AccessError(f"the certificate that site {site!r} shows with its keys is not its own")
-
-    def _enough(self, answers: Answers) -> bool:
-        return len(answers) >= self._session.needed
 
     def seat(self, site: str) -> Mapping[str, Any] | None:
         return self._seats.get(site)
@@ -133,24 +180,48 @@ class NetworkSums:
 
     # --- after they have trained
 
-    def open(self, round: int, survivors: Sequence[str]) -> None:
-        collector = self._collector
+    def open(self, round: int, survivors: Sequence[str]) -> Mapping[int, str]:
         for site in survivors:
-            collector.arrived(site)
-        alive = collector.close_rows()
-        for site, answer in self._step("consent", alive, {"survivors": list(alive)}, self._enough).items():
+            self._sum_of[site].collector.arrived(site)
+        asked, alive = dict[str, Mapping[str, Any]](), dict[int, tuple[str, ...]]()
+        for one in self._going():
+            with self._alone(one):
+                alive[one.place] = one.collector.close_rows()
+                shown = {"survivors": list(alive[one.place])}
+                asked |= dict.fromkeys(alive[one.place], shown)
+        self._require()
+        for site, answer in self._step("consent", asked, GroupSum.has_enough).items():
             with suppress(UpdateRefused):
-                collector.consent(site, bytes.fromhex(answer["signature"]))
-        signatures = {site: signature.hex() for site, signature in collector.close_consents().items()}
+                self._sum_of[site].collector.consent(site, bytes.fromhex(answer["signature"]))
+        asked = {}
+        for one in self._going():
+            with self._alone(one):
+                consents = one.collector.close_consents()
+                signatures = {site: signature.hex() for site, signature in consents.items()}
+                asked |= dict.fromkeys(alive[one.place], signatures)
+        self._require()
+        self._step("reveal", asked, GroupSum.can_open)
+        opened = []
+        for one in self._going():
+            with self._alone(one):
+                opened.append(OpenedSum(one.place, alive[one.place], one.code, one.collector.masks()))
+        self._require()
+        self.opened = opened
+        return {one.place: one.error.message for one in self._sums if one.error is not None}
 
-        def can_open(answers: Answers) -> bool:
-            for site in answers.keys() - collector.reveals.keys():
-                with suppress(UpdateRefused):
-                    collector.reveal(_reveal(site, answers[site]))
-            return self._enough(answers) and collector.can_open()
-
-        self._step("reveal", alive, signatures, can_open)
-        self.masks = collector.masks()
+    def _require(self) -> None:
+        """Raises QuorumError: too many sums have come to nothing."""
+        if self._going():
+            return
+        errors = [one.error for one in self._sums if one.error is not None]
+        if len(self._sums) == 1:
+            raise errors[0]
+        raise QuorumError(
+            f"the sums of {len(self._sums) - len(errors)} of {len(self._sums)} groups can be opened, {self._needed} "
+            f"are needed ({errors[0].message})",
+            hint=errors[0].hint,
+            retry=True,
+        )
 
     def abandon(self, round: int) -> None:
         # in this order: a crash in between leaves an abandoned round, which `begin` notices
@@ -160,22 +231,26 @@ class NetworkSums:
 
     def committed(self, round: int) -> None:
         self.journal.drop(_name(round))
-        self._seats, self.masks = {}, []
+        self._seats, self.opened = {}, []
 
     # --- one step
 
     def _step(
-        self, step: str, sites: Sequence[str], said: Mapping[str, Any], enough: Callable[[Answers], bool]
+        self, step: str, asked: Mapping[str, Mapping[str, Any]], enough: Callable[[GroupSum, Answers], bool]
     ) -> Answers:
         """The answers that are taken into a step: those of all sites that are there. Sites that are away are waited for
-        only as long as there are not enough others. Who was taken is in the journal when this returns.
+        only as long as too few sums have enough others. Who was taken is in the journal when this returns.
+
+        Args:
+            asked: what each site is told.
         """
         chosen: list[str] | None = self._record.get(step)
         found, failed = Answers(), dict[str, str]()
-        while True:
-            todo = [site for site in chosen or sites if site not in found and site not in failed]
+        while asked:
+            todo = [site for site in chosen or asked if site not in found and site not in failed]
             away = {}
-            for outcome in self.engine.run([self._task(step, s, said) for s in todo], deadline_s=self.spec.deadline_s):
+            tasks = [self._task(step, site, asked[site]) for site in todo]
+            for outcome in self.engine.run(tasks, deadline_s=self.spec.deadline_s):
                 task = outcome.task
                 assert isinstance(task, SumTask)
                 if isinstance(outcome, Completed):
@@ -184,21 +259,22 @@ class NetworkSums:
                     away[task.site] = outcome.reason
                 else:
                     failed[task.site] = outcome.reason
-            if enough(found) or not away or self.spec.deadline_s is not None:
+            num_enough = sum(enough(one, found) for one in self._going())
+            if num_enough >= self._needed or not away or self.spec.deadline_s is not None:
                 break
             self._wait_for(away)
-        lost = {**away, **failed}
+        lost = {**away, **failed} if asked else {}
         for site, reason in lost.items():
             self._lost.setdefault(site, reason)
             self.engine.events.emit("lost_to_the_sum", round=self._number, site=site, step=step, reason=reason)
-        ordered = {site: found[site] for site in sites if site in found}
-        if chosen is None:
+        ordered = {site: found[site] for site in asked if site in found}
+        if asked and chosen is None:
             self._record[step] = list(ordered)
             self.journal.put(_name(self._number), self._record)
         return ordered
 
     def _task(self, step: str, site: str, said: Mapping[str, Any]) -> SumTask:
-        common = self._common
+        common = self._sum_of[site].common
         return SumTask(self._number, site, step, common["attempt"], tuple(common["sites"]), common["terms"], said)
 
     def _wait_for(self, away: Mapping[str, str]) -> None:

@@ -27,9 +27,10 @@ from torch import Tensor
 from ..federation.messages import Engine
 from ..federation.private_rounds import PrivateRounds
 from ..federation.relays import merge_partials
+from ..federation.secure_rounds import GroupTotals, mean_of_group
 from ..model.clusters import channel_of
 from ..model.tensors import Entry, Layout, NamedTensors, bytes_of
-from ..privacy.secure_aggregation.rows import RowCode, Totals
+from ..privacy.secure_aggregation.rows import Totals
 from ..strategies.asynchronous import AsynchronousStrategy
 from ..strategies.base import ServerState, SumStrategy, WeightedSum
 from ..strategies.clusters.sketch import sketches_of
@@ -38,7 +39,7 @@ from ..strategies.update import Update
 from ..wire.frames import Channel, Piece, Plan
 from .coded_updates import CodedFile
 from .frame_files import FrameFiles, FrameWriter, StoredFrame
-from .masked_updates import MaskedUpdates
+from .masked_updates import GroupReader, MaskedUpdates, OpenedSum
 from .stored_updates import WORKERS, InFiles, StoredPartial, StoredUpdate
 from .vault import SealedFile
 
@@ -71,10 +72,9 @@ class Stretches:
 
 
 class Opening(Protocol):
-    """What opens a round's masked sum."""
+    """What opens a round's masked sums."""
 
-    code: RowCode
-    masks: list[tuple[bytes, int]]
+    opened: list[OpenedSum]
 
 
 class _Announcing(Protocol):
@@ -90,7 +90,7 @@ class StoredModel:
         initial: the digest of the frame with the initial θ.
         private: makes rounds' sums private; None: they are not.
         relays: in the order in which their sums are merged.
-        secure: updates come masked, and this opens their sum; None: they come as they are.
+        secure: updates come masked, and this opens their sums; None: they come as they are.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class StoredModel:
         self.base, self.slots = initial, ""
         self.clusters: dict[str, int] = {}
         self.totals: Totals | None = None
+        self.spoilt: Mapping[int, str] = {}
         self._updates: list[StoredUpdate] = []
 
     @property
@@ -207,12 +208,13 @@ class StoredModel:
     ) -> None:
         places = _Places(base, slots, new_base, new_slots)
         if isinstance(self.strategy, SideBySideStrategy):
-            with InFiles(self._layout, self._updates, places.frames) as table, one_thread():
+            with self._side_by_side(places) as table, one_thread():
                 self.strategy.merge(table)
             return
         strategy = self.strategy
         if self.secure is not None:
-            with MaskedUpdates(self._updates, self.secure.code, self.secure.masks) as masked:
+            (opened,) = self.secure.opened
+            with MaskedUpdates(self._updates, opened) as masked:
                 self.totals = masked.totals
                 self._each_piece(
                     lambda piece: self._step(strategy, piece, places, lambda _, *stretch: masked.into(*stretch))
@@ -227,6 +229,19 @@ class StoredModel:
         finally:
             for file in [*(file for _, file in alone), *(region.file for region in regions)]:
                 file.close()
+
+    def _side_by_side(self, places: _Places) -> InFiles:
+        """The round's updates, or where they come masked the means of the groups whose sums were opened."""
+        if self.secure is None:
+            return InFiles(self._layout, self._updates, places.frames)
+        groups, means, readers = GroupTotals(), list[Update](), list[GroupReader]()
+        for opened in self.secure.opened:
+            masked = MaskedUpdates(self._updates, opened)
+            totals = groups.read(opened.place, partial(getattr, masked, "totals"))
+            means.append(mean_of_group(opened.place, self._updates[0].round, totals, {}))
+            readers.append(GroupReader(masked, totals))
+        self.totals, self.spoilt = groups.sum, groups.spoilt
+        return InFiles(self._layout, means, places.frames, readers)
 
     def _each_piece(self, step: Callable[[Piece], None]) -> None:
         pieces = [piece for piece in self.base_plan.pieces if piece.channel == "theta"]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -113,6 +113,17 @@ class StoredUpdate(Sealed, Update):
         return f"the update of site {self.site!r} for round {self.round}"
 
 
+class Reader(Protocol):
+    """An update, or what stands for one, read in stretches by one thread at a time."""
+
+    def at_hand(self, channel: str, stretch: Stretch) -> bool:
+        """Whether a stretch can be had without reading a file."""
+
+    def read(self, channel: str, stretch: Stretch) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
 class InFiles(SideBySide):
     """A round's updates in sealed files, and a state in frames of which new ones are being written.
 
@@ -121,16 +132,23 @@ class InFiles(SideBySide):
 
     Args:
         held: for each channel of the state the frame that it is in, and the one that is being made of it.
+        readers: of what stands for the updates, where they are not in files of their own.
     """
 
     def __init__(
-        self, layout: Layout, updates: Sequence[StoredUpdate], held: Mapping[str, tuple[StoredFrame, FrameWriter]]
+        self,
+        layout: Layout,
+        updates: Sequence[Update],
+        held: Mapping[str, tuple[StoredFrame, FrameWriter]],
+        readers: Sequence[Reader] = (),
     ) -> None:
         super().__init__(layout, updates)
         self._state = held
         for frame, writer in {id(pair[1]): pair for pair in held.values()}.values():
             writer.copy(frame)
-        self._readers = [_reader(update, layout) for update in updates]
+        self._readers: Sequence[Reader] = readers or [
+            _reader(update, layout) for update in updates if isinstance(update, StoredUpdate)
+        ]
         self._pool = ThreadPoolExecutor(WORKERS)
 
     def sent(self, stretch: Stretch, channel: str = "delta") -> list[Tensor]:
@@ -156,7 +174,7 @@ class InFiles(SideBySide):
     ) -> None:
         self._pool.shutdown()
         for reader in self._readers:
-            reader.sealed.close()
+            reader.close()
 
 
 class _Reader:
@@ -179,6 +197,9 @@ class _Reader:
         pieces = self.pieces.over(channel, stretch.dtype, stretch.start, stretch.stop)
         found = [self._part(piece, stretch, copied=len(pieces) > 1) for piece in pieces]
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def close(self) -> None:
+        self.sealed.close()
 
     def _part(self, piece: Piece, stretch: Stretch, *, copied: bool) -> Tensor:
         values = self._buffer[: piece.num_bytes].view(piece.held)

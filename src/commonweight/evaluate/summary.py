@@ -372,10 +372,14 @@ def _sums(metrics: Metrics) -> str:
     secure = dig(metrics, "privacy", "secure_sums")
     if not isinstance(secure, bool):
         return ""
-    return "Secure sums: " + (
-        "on; of each round's updates the coordinator learnt the weighted sum alone."
-        if secure
-        else "off; whoever combined the updates saw each of them."
+    if not secure:
+        return "Secure sums: off; whoever combined the updates saw each of them."
+    size = finite(dig(metrics, "privacy", "secure_group_size"))
+    if size is None:
+        return "Secure sums: on; of each round's updates the coordinator learnt the weighted sum alone."
+    return (
+        f"Secure sums: on, in random groups of at least {count(int(size))} sites; of each group's updates the "
+        "coordinator learnt the weighted sum alone."
     )
 
 

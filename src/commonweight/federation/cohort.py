@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import RecipeError
 from ..recipe.schema import FederationSpec, Recipe
 from ..seeding import derive_seed
+from .groups import Groups
 from .round import Round, answers_needed
 
 
@@ -55,15 +56,19 @@ def invited(spec: FederationSpec, num_sites: int) -> int:
     return min(num_sites, math.ceil(spec.cohort.size(num_sites) * spec.over_selection - 1e-9))
 
 
-def new_round(number: int, cohort: Sequence[str], spec: FederationSpec, num_sites: int, *, least: int = 0) -> Round:
+def new_round(
+    number: int, cohort: Sequence[str], spec: FederationSpec, num_sites: int, *, groups: Groups | None = None
+) -> Round:
     """A round that has just been opened: it closes when as many have answered as the recipe's cohort asks for.
 
     Args:
-        least: answers without which it is abandoned, whatever the recipe's quorum says.
+        groups: of its secure sums, which take more answers than the recipe's quorum may; None: there are none.
     """
     target = spec.cohort.size(num_sites)
-    needed = max(least, answers_needed(spec, min(target, len(cohort))))
-    return Round(number, tuple(cohort), needed, target=target if target < len(cohort) else None)
+    needed = answers_needed(spec, min(target, len(cohort)))
+    if groups is not None:
+        needed = max(needed, groups.least_answers)
+    return Round(number, tuple(cohort), needed, target=target if target < len(cohort) else None, groups=groups)
 
 
 def check_cohort(num_sites: int, spec: FederationSpec) -> None:

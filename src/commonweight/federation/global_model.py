@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ from .messages import Engine
 from .private_rounds import PrivateRounds
 from .relays import merge_partials
 from .residuals import Residual, Residuals
-from .secure_rounds import SimulatedSums
+from .secure_rounds import GroupTotals, SimulatedSums, mean_of_group
 
 #: in a state's file, beside the strategy's slots: what sites were not sent yet
 _LATE = "slot/late-theta"
@@ -47,6 +48,8 @@ class GlobalModel(Protocol):
     private: PrivateRounds | None
     #: what the round just closed says of all its sites together, where updates are seen in sums alone
     totals: Totals | None
+    #: why groups whose sums were opened have nothing in it, by their places
+    spoilt: Mapping[int, str]
 
     @property
     def layout(self) -> Layout:
@@ -119,6 +122,7 @@ class MemoryModel:
         self.private, self.secure, self.down = private, secure, down
         self._late = None if down is None else NamedTensors.zeros(theta.layout, wide=True)
         self.totals: Totals | None = None
+        self.spoilt: Mapping[int, str] = {}
         self._relays = () if spec is None else tuple(spec.relays)
         self._relay_of = {} if spec is None else spec.relay_of
         self._folds: dict[str, Fold] = {}
@@ -188,8 +192,7 @@ class MemoryModel:
         whole = self._folds.pop("")
         merge_partials(whole, [self._folds.pop(relay) for relay in self._relays if relay in self._folds])
         if self.secure is not None:
-            assert isinstance(whole, WeightedSum)
-            self.totals = self.secure.into(whole)
+            self._take_sums(self.secure, whole)
         if self.private is not None:
             assert isinstance(self.strategy, SumStrategy)
             self.strategy.private = self.private.mean(round)
@@ -221,6 +224,20 @@ class MemoryModel:
         assert self._late is not None
         coded = self.down.follow(round, before, self.state.theta, self._late)
         return num_bytes([len(one.payload) for one in coded])
+
+    def _take_sums(self, secure: SimulatedSums, whole: Fold) -> None:
+        """Fold what was opened: the one sum, or each group's mean as if it were an update."""
+        if isinstance(whole, WeightedSum):
+            ((_, one),) = secure.opened
+            self.totals = one.into(whole)
+            return
+        groups = GroupTotals()
+        for place, one in secure.opened:
+            fold = WeightedSum(self.layout, ("delta",))
+            totals = groups.read(place, partial(one.into, fold))
+            mean = fold.sums["delta"] if totals is None else fold.mean()
+            whole.add(mean_of_group(place, self._round + 1, totals, {"delta": mean}))
+        self.totals, self.spoilt = groups.sum, groups.spoilt
 
     def _move(self, residual: Residual) -> None:
         assert self._base is not None

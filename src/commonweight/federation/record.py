@@ -82,6 +82,7 @@ class Record:
             "privacy": {
                 **statement(self.recipe, list(self.journal.commits().values())),
                 "secure_sums": self.recipe.privacy.secure_aggregation == "on",
+                "secure_group_size": self.recipe.privacy.secure_group_size,
             },
             "samples": self._samples(),
             **_arrivals(rounds),

@@ -11,13 +11,14 @@ More sites may be invited than are needed (over-selection): the round closes whe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
 from ..recipe.schema import FederationSpec
+from .groups import Groups
 
 
 class Phase(Enum):
@@ -87,6 +88,8 @@ class Round:
         failed: reason by site.
         late: sites that had not answered when the round closed.
         target: answers that are enough; None: the whole cohort's.
+        groups: of secure sums: only answers of groups that are whole count, and enough groups must be; None: there are
+            none.
     """
 
     number: int
@@ -97,6 +100,7 @@ class Round:
     failed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     late: tuple[str, ...] = ()
     target: int | None = None
+    groups: Groups | None = None
 
     @property
     def waiting(self) -> tuple[str, ...]:
@@ -146,15 +150,22 @@ class Round:
 
     def _closed_if_decided(self) -> Round:
         num_waiting = len(self.cohort) - len(self.answered) - len(self.failed)
-        if num_waiting == 0 or len(self.answered) + num_waiting < self.needed:
+        if num_waiting == 0 or not self.met_by((*self.answered, *self.waiting)):
             return self._closed()
         if self.target is not None and len(self.answered) >= self.target:
             return replace(self, late=self.waiting)._closed()
         return self
 
     def _closed(self) -> Round:
-        met = len(self.answered) >= self.needed
-        return replace(self, phase=Phase.CLOSED if met else Phase.ABANDONED)
+        return replace(self, phase=Phase.CLOSED if self.met_by(self.answered) else Phase.ABANDONED)
+
+    def met_by(self, sites: Collection[str]) -> bool:
+        """Whether these sites' answers are enough."""
+        if self.groups is None:
+            return len(sites) >= self.needed
+        whole = self.groups.whole(sites)
+        counted = len({site for group in whole for site in group}.intersection(sites))
+        return len(whole) >= self.groups.needed and counted >= self.needed
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` gives an equal round."""
@@ -167,6 +178,7 @@ class Round:
             "failed": dict(self.failed),
             "late": list(self.late),
             "target": self.target,
+            **({"groups": self.groups.to_json()} if self.groups is not None else {}),
         }
 
     @classmethod
@@ -180,6 +192,7 @@ class Round:
             failed=MappingProxyType(dict(value["failed"])),
             late=tuple(value["late"]),
             target=value["target"],
+            groups=Groups.from_json(value["groups"]) if "groups" in value else None,
         )
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from ..errors import QuorumError, UpdateRefused
 from ..privacy.adaptive_clip import UNDER_CLIP
-from ..privacy.secure_aggregation.graph import majority
 from ..privacy.secure_aggregation.rows import Most, row_layout
 from ..recipe.compatibility import keeps_state
 from ..recipe.schema import Recipe
@@ -33,6 +32,7 @@ from .cohort import choose_cohort, new_round, resting_sites
 from .evaluation import Evaluation
 from .events import Events
 from .global_model import GlobalModel
+from .groups import Groups
 from .journal import RunJournal
 from .ledger import Charges
 from .messages import Dropped, Engine, EvaluateTask, Outcome, TrainTask
@@ -120,8 +120,7 @@ class FederatedRun:
         self.strategy.num_sites = len(self.sites.names)
         cohort = self._cohort(number)
         self.charges.foresee(number, cohort, self.sites)
-        least = majority(len(cohort)) if self.secure is not None else 0
-        round = new_round(number, cohort, spec, len(self.sites.names), least=least)
+        round = new_round(number, cohort, spec, len(self.sites.names), groups=self._groups(number, cohort))
         lr = lr_in_round(self.recipe.training, number, spec.rounds)
         self.events.emit(
             "round_opened", round=number, cohort=list(cohort) if len(cohort) <= 100 else len(cohort), lr=lr
@@ -165,10 +164,18 @@ class FederatedRun:
             )
         return cohort
 
+    def _groups(self, number: int, cohort: Sequence[str]) -> Groups | None:
+        """Of a round's secure sums."""
+        if self.secure is None:
+            return None
+        return Groups.of(self.recipe, cohort, number, least=self.strategy.least_updates)
+
     def _share_keys(self, round: Round, lr: float, secure: SecureRounds) -> Round:
         """The keys and shares of a secure sum go round, before anybody trains."""
         most = Most.of(self.recipe, max(self.sites.steps[site] for site in round.cohort))
-        lost = secure.begin(round.number, round.cohort, Terms(lr, self.strategy.correction(), most))
+        told = round.cohort if self.recipe.privacy.secure_group_size is not None else ()
+        assert round.groups is not None
+        lost = secure.begin(round.number, round.groups, Terms(lr, self.strategy.correction(), most, told))
         for site, reason in lost.items():
             if round.phase is Phase.OPEN:
                 round = self._give_up(round, site, reason)
@@ -270,9 +277,13 @@ class FederatedRun:
         self._came_to_nothing(round)
         reasons = [f"{site}: {reason}" for site, reason in list(round.failed.items())[:3]]
         reasons += [f"{site}: no answer within federation.deadline_s" for site in round.late[:3]]
+        needed, groups = f"{round.needed} are needed", round.groups
+        if groups is not None and len(groups.members) > 1:
+            whole = len(groups.whole(round.answered))
+            needed = f"in {whole} of {len(groups.members)} groups enough for a sum; {groups.needed} groups are needed"
         raise QuorumError(
             f"round {round.number} was abandoned: {len(round.answered)} of {len(round.cohort)} sites answered, "
-            f"{round.needed} are needed ({'; '.join(reasons) or 'no reason given'})",
+            f"{needed} ({'; '.join(reasons) or 'no reason given'})",
             hint="the model is as the round before left it; mend the sites or lower federation.quorum or min_sites, "
             "then repeat with --resume",
             retry=True,
@@ -283,14 +294,14 @@ class FederatedRun:
         if self.secure is not None:
             self.secure.abandon(round.number)
 
-    def _open(self, round: Round, secure: SecureRounds) -> None:
-        """Get what takes the masks off the sum.
+    def _open(self, round: Round, secure: SecureRounds) -> Mapping[int, str]:
+        """Get what takes the masks off the sums; why groups are lost, by their places.
 
         Raises:
-            QuorumError: too few sites went along.
+            QuorumError: too few sites or groups went along.
         """
         try:
-            secure.open(round.number, round.answered)
+            return secure.open(round.number, round.answered)
         except QuorumError as error:
             self.events.emit("sum_not_opened", round=round.number, reason=error.message)
             self._came_to_nothing(round)
@@ -298,15 +309,16 @@ class FederatedRun:
 
     def _commit(self, round: Round, tally: Tally, timing: Timing, evaluated_at: float) -> None:
         """The strategy's step; then name the new state in the journal: from that instant the round has happened."""
-        number = round.number
+        number, lost = round.number, dict[int, str]()
         if self.secure is not None:
-            self._open(round, self.secure)
+            lost.update(self._open(round, self.secure))
         round, verdict = round.apply(Committed(number))
         assert verdict.accepted, verdict.reason
         self.charges.pay(number, round.answered)
         state = self.model.close(number)
         if self.model.totals is not None:
             tally.take(self.model.totals)
+        lost |= self.model.spoilt
         record = {
             "state": state,
             "cohort": list(round.cohort),
@@ -314,6 +326,7 @@ class FederatedRun:
             "failed": dict(round.failed),
             "late": list(round.late),
             **self._clusters_of(round.answered),
+            **self._sums_of(round, lost),
             **tally.record(round.cohort, self.strategy, relays=bool(self.recipe.federation.relays)),
             "seconds": timing.seconds(evaluated_at, time.perf_counter()),
         }
@@ -336,6 +349,15 @@ class FederatedRun:
         """What a round's record says of its sites' clusters: nothing where there are none."""
         found = {site: self.model.clusters[site] for site in sites if site in self.model.clusters}
         return {"clusters": found} if found else {}
+
+    def _sums_of(self, round: Round, lost: Mapping[int, str]) -> dict[str, list[dict[str, Any]]]:
+        """What a round's record says of its groups: nothing where there are none."""
+        if round.groups is None or self.recipe.privacy.secure_group_size is None:
+            return {}
+        for place, reason in lost.items():
+            self.events.emit("group_lost", round=round.number, sites=list(round.groups.members[place]), reason=reason)
+        groups = enumerate(round.groups.members)
+        return {"groups": [{"sites": list(s), **({"lost": lost[p]} if p in lost else {})} for p, s in groups]}
 
     def _last_answered(self) -> dict[str, int]:
         """The latest committed round that each site answered: which version of its private state is true."""

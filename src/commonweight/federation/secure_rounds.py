@@ -10,14 +10,15 @@ would do, and hides nothing from anybody. Over a network the messages are tasks 
 
 A round needs more than two thirds of the sites that it invites, whatever `federation.quorum` says, for two lists of
 survivors that are both signed by so many share an honest site. One that comes to nothing is repeated with fresh keys
-and nothing of what was masked before.
+and nothing of what was masked before. Where sums are made in groups (`groups.py`), that holds for each group: one that
+has too few is lost to the round, as a site is that does not answer, and the others go on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -25,8 +26,8 @@ import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ..errors import RecipeError, SiteError, UpdateRefused
-from ..model.tensors import Layout
+from ..errors import RecipeError, RoundError, SiteError, UpdateRefused
+from ..model.tensors import Layout, NamedTensors
 from ..privacy.secure_aggregation.collector import Collector
 from ..privacy.secure_aggregation.graph import MIN_SITES, majority
 from ..privacy.secure_aggregation.masks import Ring
@@ -34,9 +35,11 @@ from ..privacy.secure_aggregation.messages import Session
 from ..privacy.secure_aggregation.party import Party
 from ..privacy.secure_aggregation.rows import NUM_TOTALS, Most, RowCode, Totals, row_starts
 from ..recipe.schema import Recipe
-from ..strategies.base import WeightedSum
+from ..registry import resolve
+from ..strategies.base import Strategy, WeightedSum
 from ..strategies.update import Update
 from .cohort import invited
+from .groups import Groups, num_groups
 
 #: metrics of a single site that a round with secure sums still shows
 _SHOWN = ("seconds", "kept")
@@ -50,15 +53,18 @@ class Terms:
     Args:
         lr, correction: of the round's training tasks.
         most: the bounds of counts, which decide how much a row weighs.
+        cohort: the sites of all groups, in the order of folding; (): there are no groups.
     """
 
     lr: float
     correction: Mapping[str, Any]
     most: Most
+    cohort: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         counts = {"examples": self.most.examples, "label_tokens": self.most.label_tokens}
-        return {"lr": self.lr, "correction": dict(self.correction), "most": counts}
+        told = {"lr": self.lr, "correction": dict(self.correction), "most": counts}
+        return {**told, "cohort": list(self.cohort)} if self.cohort else told
 
 
 def config_of(job: bytes, base: str, terms: Mapping[str, Any]) -> bytes:
@@ -75,7 +81,7 @@ def config_of(job: bytes, base: str, terms: Mapping[str, Any]) -> bytes:
 class SecureRounds(Protocol):
     """What the loop asks of whoever carries secure sums through."""
 
-    def begin(self, round: int, cohort: Sequence[str], terms: Terms) -> Mapping[str, str]:
+    def begin(self, round: int, groups: Groups, terms: Terms) -> Mapping[str, str]:
         """Hand keys and shares round; why sites were lost already, by site."""
 
     def seat(self, site: str) -> Mapping[str, Any] | None:
@@ -84,11 +90,11 @@ class SecureRounds(Protocol):
     def shown(self, update: Update) -> Update:
         """What may be seen of a single update: nothing that is in the sum."""
 
-    def open(self, round: int, survivors: Sequence[str]) -> None:
-        """Get what takes the masks off.
+    def open(self, round: int, survivors: Sequence[str]) -> Mapping[int, str]:
+        """Get what takes the masks off; why groups are lost, by their places.
 
         Raises:
-            QuorumError: too few sites went along; nothing was opened.
+            QuorumError: too few sites or groups went along.
         """
 
     def abandon(self, round: int) -> None:
@@ -98,21 +104,21 @@ class SecureRounds(Protocol):
         """The round's commit is in the journal: its keys are of no more use."""
 
 
-class SimulatedSums:
-    """Secure sums among sites of this process. The round's rows are added as updates are folded."""
+class SimulatedSum:
+    """One secure sum among sites of this process: of a whole cohort, or of a group. Rows are added as they come.
 
-    def __init__(self, recipe: Recipe, layout: Layout) -> None:
-        self.recipe, self.layout = recipe, layout
-        self._identities: dict[str, Ed25519PrivateKey] = {}
-        self._attempt = 0
-        self._clipped: dict[str, int] = {}
+    Args:
+        identities: by site, made when they are first asked for.
+    """
 
-    def begin(self, round: int, cohort: Sequence[str], terms: Terms) -> Mapping[str, str]:
-        session = Session(self.recipe.name, round, self._attempt, tuple(cohort))
-        self.code = RowCode.of(self.recipe, self.layout, len(cohort), terms.most)
+    def __init__(
+        self, recipe: Recipe, layout: Layout, session: Session, terms: Terms, identities: dict[str, Ed25519PrivateKey]
+    ) -> None:
+        self.sites, self.layout, self._identities = session.sites, layout, identities
+        self.code = RowCode.of(recipe, layout, len(session.sites), terms.most)
         self._collector = Collector(session, verify=self._verify)
         self._parties = {
-            site: Party(session, site, sign=self._identity(site).sign, verify=self._verify) for site in cohort
+            site: Party(session, site, sign=self._identity(site).sign, verify=self._verify) for site in session.sites
         }
         for party in self._parties.values():
             self._collector.advert(party.advertise())
@@ -122,8 +128,6 @@ class SimulatedSums:
         self._boxes = self._collector.close_shares()
         self._total: Ring = np.zeros(self.code.length, dtype=np.uint32)
         self._row: Ring = np.empty_like(self._total)
-        self._clipped = {}
-        return {}
 
     def _identity(self, site: str) -> Ed25519PrivateKey:
         return self._identities.setdefault(site, Ed25519PrivateKey.generate())
@@ -135,19 +139,14 @@ class SimulatedSums:
             return False
         return True
 
-    def seat(self, site: str) -> Mapping[str, Any] | None:
-        return None
+    @property
+    def there(self) -> Sequence[str]:
+        """Sites whose rows are in the total."""
+        return self._collector.masked
 
-    def check(self, update: Update) -> None:
-        """Raises UpdateRefused: its site could not have sent it."""
-        try:
-            self.code.check(update.num_examples, update.num_label_tokens)
-        except SiteError as error:
-            raise UpdateRefused(error.message, hint=error.hint) from error
-
-    def add(self, update: Update) -> None:
-        """Encode and mask an update as its site would, and add it to the total."""
-        self._clipped[update.site] = self.code.encode(
+    def add(self, update: Update) -> int:
+        """Encode and mask an update as its site would, and add it to the total; how many elements were clipped."""
+        clipped = self.code.encode(
             update.delta,
             examples=update.num_examples,
             label_tokens=update.num_label_tokens,
@@ -156,12 +155,9 @@ class SimulatedSums:
         )
         self._parties[update.site].mask(self._boxes[update.site], self._row)
         self._collector.row(update.site, self._row, self._total)
+        return clipped
 
-    def shown(self, update: Update) -> Update:
-        metrics = {name: update.metrics[name] for name in _SHOWN if name in update.metrics}
-        return bare(update, metrics, self._clipped.get(update.site, 0))
-
-    def open(self, round: int, survivors: Sequence[str]) -> None:
+    def open(self) -> None:
         found = self._collector.close_rows()
         for site in found:
             self._collector.consent(site, self._parties[site].consent(found))
@@ -171,20 +167,109 @@ class SimulatedSums:
         self._collector.open(self._total)
 
     def into(self, fold: WeightedSum) -> Totals:
-        """Make a fold of the opened sum, as if the updates had been folded into it."""
-        num_updates = len(self._collector.masked)
-        totals = self.code.totals(self._total[-NUM_TOTALS:], num_updates)
+        """Make a fold of the opened sum, as if the updates had been folded into it.
+
+        Raises:
+            RoundError: as `RowCode.totals`.
+        """
+        totals = self.code.totals(self._total[-NUM_TOTALS:], len(self.there))
         for dtype, start in row_starts(self.layout).items():
             out = fold.sums["delta"].flats[dtype]
             self.code.decode(self._total[start : start + out.numel()], out)
-        fold.total_weight, fold.num_updates = totals.weight, num_updates
+        fold.total_weight, fold.num_updates = totals.weight, len(self.there)
         return totals
+
+
+class SimulatedSums:
+    """Secure sums among sites of this process, one a round or one a group."""
+
+    def __init__(self, recipe: Recipe, layout: Layout) -> None:
+        self.recipe, self.layout = recipe, layout
+        self._identities: dict[str, Ed25519PrivateKey] = {}
+        self._attempt = 0
+        self._clipped: dict[str, int] = {}
+
+    def begin(self, round: int, groups: Groups, terms: Terms) -> Mapping[str, str]:
+        self._groups = groups
+        sessions = [Session(self.recipe.name, round, self._attempt, group) for group in groups.members]
+        self.sums = [SimulatedSum(self.recipe, self.layout, s, terms, self._identities) for s in sessions]
+        self._sum_of = {site: one for one in self.sums for site in one.sites}
+        self._clipped = {}
+        return {}
+
+    def seat(self, site: str) -> Mapping[str, Any] | None:
+        return None
+
+    def check(self, update: Update) -> None:
+        """Raises UpdateRefused: its site could not have sent it."""
+        try:
+            self._sum_of[update.site].code.check(update.num_examples, update.num_label_tokens)
+        except SiteError as error:
+            raise UpdateRefused(error.message, hint=error.hint) from error
+
+    def add(self, update: Update) -> None:
+        self._clipped[update.site] = self._sum_of[update.site].add(update)
+
+    def shown(self, update: Update) -> Update:
+        metrics = {name: update.metrics[name] for name in _SHOWN if name in update.metrics}
+        return bare(update, metrics, self._clipped.get(update.site, 0))
+
+    def open(self, round: int, survivors: Sequence[str]) -> Mapping[int, str]:
+        lost = {}
+        whole = self._groups.whole(survivors)
+        self.opened: list[tuple[int, SimulatedSum]] = []
+        for place, one in enumerate(self.sums):
+            if one.sites not in whole:
+                lost[place] = f"{len(one.there)} of {len(one.sites)} sites sent their rows"
+                continue
+            one.open()
+            self.opened.append((place, one))
+        return lost
 
     def abandon(self, round: int) -> None:
         self._attempt += 1
 
     def committed(self, round: int) -> None:
         """Its keys go with the next round's."""
+
+
+def mean_of_group(place: int, round: int, totals: Totals | None, channels: Mapping[str, NamedTensors]) -> Update:
+    """A group's sum as an update, so that a strategy takes groups for sites.
+
+    Args:
+        totals: None: they cannot be, and the channels are zeros.
+        channels: Σ wᵢΔᵢ / Σ wᵢ, in the accumulator's precision; {}: it lies elsewhere.
+    """
+    found = totals or Totals(1.0, 0, 0, 0.0)
+    return Update(f"group-{place + 1}", round, channels, found.weight, found.examples, found.label_tokens, 1)
+
+
+class GroupTotals:
+    """What the totals of a round's groups say, as they are read.
+
+    A group whose totals no honest sites come to has a hostile one, who must not halt the round: it counts as one of the
+    f, with a row of zeros. A rule that withstands any f rows withstands these.
+    """
+
+    def __init__(self) -> None:
+        self.sum = Totals(0.0, 0, 0, 0.0)
+        self.spoilt: dict[int, str] = {}
+
+    def read(self, place: int, totals: Callable[[], Totals]) -> Totals | None:
+        """A group's totals; None: they cannot be."""
+        try:
+            found = totals()
+        except RoundError as error:
+            self.spoilt[place] = error.message
+            return None
+        before = self.sum
+        self.sum = Totals(
+            before.weight + found.weight,
+            before.examples + found.examples,
+            before.label_tokens + found.label_tokens,
+            before.nats + found.nats,
+        )
+        return found
 
 
 def bare(update: Update, metrics: Mapping[str, float], clipped: int) -> Update:
@@ -216,4 +301,24 @@ def check_sums(recipe: Recipe, num_sites: int) -> None:
             f"a secure sum needs {majority(asked)} of them",
             hint="set federation.over_selection below 1.5, or privacy.secure_aggregation: off",
         )
+    if recipe.privacy.secure_group_size is not None:
+        _check_groups(recipe, size, recipe.privacy.secure_group_size)
+        asked = recipe.privacy.secure_group_size
     _ = RowCode.of(recipe, Layout(()), asked, Most(1, 1)).elements
+
+
+def _check_groups(recipe: Recipe, cohort: int, size: int) -> None:
+    """Raises RecipeError: a cohort makes fewer groups than the strategy needs rows."""
+    method = recipe.federation.strategy
+    kind = resolve("strategy", method.name)
+    strategy: Strategy = kind(kind.Options(**method.options))
+    groups, least = num_groups(cohort, size), strategy.least_updates
+    if cohort < size or groups < least:
+        f = getattr(strategy.options, "f", 0)
+        raise RecipeError(
+            f"federation.strategy {method.name!r} with f = {f} needs at least {least} groups a round, for one hostile "
+            f"site spoils its whole group; a cohort of {cohort} sites makes {cohort // size} of at least {size}",
+            hint=f"lower f, lower privacy.secure_group_size (no lower than {MIN_SITES}), or invite at least "
+            f"{least * size} sites by federation.cohort",
+        )
+    strategy.check(groups)

@@ -44,6 +44,12 @@ def _is(strategy: type[Any], attribute: str) -> Any:
     return getattr(strategy, attribute, None)
 
 
+def _no_group_means(strategy: type[Any]) -> str:
+    if _is(strategy, "of_weighted_sum") and not _is(strategy, "asynchronous"):
+        return "the sum of all is enough for it, and hides each site among more than a group's sums would"
+    return "it is no rule that tells honest rows from hostile ones, and works on single sites' updates"
+
+
 FEATURES = (
     Feature(
         "runs over a network",
@@ -112,11 +118,19 @@ FEATURES = (
     ),
     Feature(
         "secure sums",
-        lambda recipe, network: recipe.privacy.secure_aggregation == "on",
+        lambda recipe, network: recipe.privacy.secure_aggregation == "on" and recipe.privacy.secure_group_size is None,
         lambda strategy: bool(_is(strategy, "of_weighted_sum")) and not _is(strategy, "asynchronous"),
         "the coordinator learns the weighted sum of a round's updates alone, and this strategy needs more than that, "
         "or has no rounds",
-        "Use a strategy that needs no more, such as fedavg or fedadam, or privacy.secure_aggregation off",
+        "Use a strategy that needs no more, such as fedavg or fedadam, give a robust one privacy.secure_group_size, or "
+        "set privacy.secure_aggregation to off",
+    ),
+    Feature(
+        "secure sums in groups",
+        lambda recipe, network: recipe.privacy.secure_group_size is not None,
+        lambda strategy: bool(_is(strategy, "of_group_means")),
+        _no_group_means,
+        "Use a robust strategy such as trimmed-mean or median, or leave privacy.secure_group_size out",
     ),
     Feature(
         "error feedback",

@@ -677,12 +677,35 @@ class PrivacySpec(Section):
         "needs no more than their weighted sum and a round invites at least 3 sites; a simulation has nobody to hide "
         "them from. `on`: or the recipe is refused.",
     )
+    secure_group_size: int | None = Field(
+        None,
+        ge=3,
+        description="With `secure_aggregation: on` and a robust strategy: a round's sites are split by chance into "
+        "groups of at least so many, each makes a secure sum of its own, and the rule works on the groups' means. Its "
+        "f then counts groups that have a hostile site.",
+    )
     secure_bound: float | None = Field(
         None,
         gt=0,
         description="Secure sums: the largest size of an element of an update; larger ones are clipped to it. "
         "Default: `clip` with `dp: site`, else 8.",
     )
+
+    @model_validator(mode="after")
+    def _groups_make_secure_sums(self) -> Self:
+        if self.secure_group_size is None:
+            return self
+        if self.secure_aggregation != "on":
+            raise ValueError(
+                f"`secure_group_size` is of secure sums, and secure_aggregation is {self.secure_aggregation}; set it "
+                "to on, or remove `secure_group_size`"
+            )
+        if self.dp == "site":
+            raise ValueError(
+                "dp: site reckons with the mean of a round's updates, and a rule across groups of them is another "
+                "function, whose sensitivity nobody has bounded; leave `secure_group_size` out, or use dp: none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_canary_is_one_example(self) -> Self:
@@ -894,6 +917,11 @@ class Recipe(Section):
     def _a_sum_is_of_all_and_of_alike(self) -> Self:
         if self.privacy.secure_aggregation == "on" and self.not_summed:
             raise ValueError(f"privacy.secure_aggregation on: {self.not_summed}; set it to off, or leave that out")
+        if self.privacy.secure_group_size is not None and self.federation.over_selection > 1:
+            raise ValueError(
+                "federation.over_selection closes a round when enough sites have answered, with "
+                "privacy.secure_group_size perhaps before any group is whole; leave one of them out"
+            )
         return self
 
     @property

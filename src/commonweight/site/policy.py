@@ -250,6 +250,8 @@ class JobFacts:
             depends on the site's rows: until it has joined, it is what the job promises at most.
         participations: rounds in which this site takes part at most; None: all.
         separation: of so many rounds in a row this site takes part in one at most.
+        secure_group_size: the fewest sites whose updates are summed before somebody sees the sum, where that is not all
+            of a round's.
     """
 
     run: str
@@ -275,6 +277,7 @@ class JobFacts:
     spend: Spend = UNPROTECTED
     participations: int | None = None
     separation: int = 1
+    secure_group_size: int | None = None
 
     @classmethod
     def of(
@@ -328,6 +331,7 @@ class JobFacts:
             spend=_promised(recipe),
             participations=participations(recipe),
             separation=recipe.privacy.mechanism.separation,
+            secure_group_size=recipe.privacy.secure_group_size,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -352,7 +356,8 @@ class JobFacts:
                 f"{self.min_cohort} of {self.num_sites or 'all enrolled'} sites",
                 f"up to {size(self.update_bytes)} leave in a round; {self.samples} sample prompts in all",
                 f"differential privacy: {self.dp}, ε = {epsilon}; secure aggregation: "
-                f"{'yes' if self.secure_aggregation else 'no'}",
+                f"{'yes' if self.secure_aggregation else 'no'}"
+                + (f", in groups of at least {self.secure_group_size}" if self.secure_group_size else ""),
             ]
         )
 
@@ -577,6 +582,11 @@ def _how_much(policy: Policy, facts: JobFacts, spent: Spent) -> Iterator[str]:
         yield (
             f"min_cohort is {policy.min_cohort}: so many sites' updates must be combined in a round; the job goes on "
             f"with {facts.min_cohort} (its federation.min_sites)"
+        )
+    if facts.secure_group_size is not None and facts.secure_group_size < policy.min_cohort:
+        yield (
+            f"min_cohort is {policy.min_cohort}: so many sites' updates must be combined before anybody sees them; the "
+            f"job shows sums of groups of {facts.secure_group_size} (its privacy.secure_group_size)"
         )
     if facts.rounds > policy.max_rounds:
         yield f"max_rounds is {policy.max_rounds}; the job has {facts.rounds} rounds"

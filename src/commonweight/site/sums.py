@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import AccessError, PolicyError, RecipeError, SiteError
+from ..federation.groups import Groups
 from ..federation.messages import SumTask, TrainTask
 from ..federation.secure_rounds import config_of
 from ..identity.certificates import verify_certificate
@@ -146,9 +147,12 @@ class SiteSums:
     ) -> Session:
         if not known.secure:
             raise SiteError("the signed job has no secure sums")
-        strangers = set(sites) - set(known.job.sites) if known.job.sites else set[str]()
+        cohort = tuple(terms.get("cohort", sites))
+        strangers = {*sites, *cohort} - set(known.job.sites) if known.job.sites else set[str]()
         if strangers:
             raise SiteError(f"the secure sum is of {min(strangers)!r} too, whom the signed job does not name")
+        if sites not in Groups.of(known.recipe, cohort, task.round).members:
+            raise SiteError("the secure sum is not of the sites that the recipe's seed puts together")
         self._enough(len(sites))
         return Session(task.run, task.round, attempt, sites, config_of(known.digest, task.base, terms))
 

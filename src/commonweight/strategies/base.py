@@ -127,6 +127,8 @@ class Strategy(ABC):
     of_plain_mean: ClassVar[bool] = False
     #: whether all it learns from a round's updates is Σ wᵢΔᵢ, Σ wᵢ and whose they are: then nobody need see one alone
     of_weighted_sum: ClassVar[bool] = False
+    #: whether it means the same on the means of groups of sites as on single updates
+    of_group_means: ClassVar[bool] = False
 
     def __init__(self, options: BaseModel | None = None, *, num_sites: int = 1) -> None:
         """Args: options: an instance of `Options`. num_sites: N, all the sites of the run, not a round's cohort."""
@@ -137,6 +139,11 @@ class Strategy(ABC):
 
     def check(self, num_sites: int) -> None:  # noqa: B027  # most strategies are content with any number
         """Raises RecipeError: a round to which `num_sites` sites are invited is too small for what it promises."""
+
+    @property
+    def least_updates(self) -> int:
+        """How many updates it takes to close a round."""
+        return 1
 
     @property
     def alpha(self) -> float | None:

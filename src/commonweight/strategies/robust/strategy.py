@@ -27,8 +27,9 @@ class RobustOptions(BaseModel):
     f: int = Field(
         0,
         ge=0,
-        description="How many sites of a round are assumed hostile. The rule itself does not use it; mixing does, and "
-        "a round with too few answers for it is refused.",
+        description="How many sites of a round are assumed hostile, or with privacy.secure_group_size how many groups "
+        "have one that is. The rule itself does not use it; mixing does, and a round with too few answers for it is "
+        "refused.",
     )
     mixing: Literal["none", "nearest"] = Field(
         "none",
@@ -63,7 +64,8 @@ class StatedOptions(RobustOptions):
         cast(int, None),
         ge=0,
         validate_default=True,
-        description="How many sites of a round are assumed hostile. Must be given.",
+        description="How many sites of a round are assumed hostile, or with privacy.secure_group_size how many groups "
+        "have one that is. Must be given.",
     )
 
     @field_validator("f", mode="before")
@@ -90,6 +92,7 @@ class RobustStrategy(SideBySideStrategy):
     needed: ClassVar[tuple[int, int]] = (2, 1)
     #: whether the rule works with the inner products of different rows
     pairwise: ClassVar[bool] = False
+    of_group_means = True
 
     options: RobustOptions
 
@@ -108,6 +111,10 @@ class RobustStrategy(SideBySideStrategy):
         """The least number of updates of a round among which the rule withstands f hostile ones."""
         return cls.needed[0] * f + cls.needed[1]
 
+    @property
+    def least_updates(self) -> int:
+        return self.least_answers(self.options.f)
+
     def check(self, num_sites: int) -> None:
         """Raises RecipeError: a round of `num_sites`, all the sites that it can have, is too small for this f."""
         wrong = self._too_few(num_sites)
@@ -116,7 +123,7 @@ class RobustStrategy(SideBySideStrategy):
 
     def _too_few(self, num_updates: int) -> tuple[str, str] | None:
         """What is wrong with so few updates, and what to do; None if they are enough."""
-        f, least = self.options.f, self.least_answers(self.options.f)
+        f, least = self.options.f, self.least_updates
         if num_updates >= least:
             return None
         most = (num_updates - self.needed[1]) // self.needed[0]
