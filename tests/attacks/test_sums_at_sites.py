@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 
 from commonweight.errors import AccessError, PolicyError, SiteError
+from commonweight.federation.groups import draw_groups
 from commonweight.federation.messages import SumTask, TrainTask
 from commonweight.federation.secure_rounds import Terms
 from commonweight.identity.folder import IdentityFolder
@@ -36,14 +37,14 @@ LAYOUT = theta().layout
 class Federation:
     """Sites with identities of one authority, and a coordinator that is the test."""
 
-    def __init__(self, folder: Path, **recipe: Any) -> None:
+    def __init__(self, folder: Path, names: tuple[str, ...] = NAMES, **recipe: Any) -> None:
         self.folder, self.people = folder, People(folder)
         values = {"name": "x", "privacy": {"secure_aggregation": "on"}, "training": {"batch_size": 8}, **recipe}
-        digest, job = hashlib.sha256(b"job").digest(), pb.Job(id="r", sites=NAMES)
+        digest, job = hashlib.sha256(b"job").digest(), pb.Job(id="r", sites=names)
         self.job = KnownJob(job, digest, cast(Any, None), Recipe.model_validate(values), LAYOUT, 1024)
-        self.identities = {name: self.people.enrol(name, "site") for name in NAMES}
-        self.records = {name: SiteRecords(folder / f"{name}.sqlite") for name in NAMES}
-        self.sums = {name: self.new(name) for name in NAMES}
+        self.identities = {name: self.people.enrol(name, "site") for name in names}
+        self.records = {name: SiteRecords(folder / f"{name}.sqlite") for name in names}
+        self.sums = {name: self.new(name) for name in names}
 
     def new(self, name: str, *, min_cohort: int = 1) -> Any:
         """A site's part, as a restarted process has it."""
@@ -315,3 +316,54 @@ def test_secrets_do_not_outlive_their_attempt(federation: Federation) -> None:
     assert records.sum_state("r", 1, 0) is None
     records.erase_sums("r")
     assert records.sum_state("r", 1, 1) is None
+
+
+# ---- groups
+
+SIX = tuple(f"site-{letter}" for letter in "abcdef")
+GROUPED = {"privacy": {"secure_aggregation": "on", "secure_group_size": 3}, "federation": {"strategy": "median"}}
+GROUPED_TERMS = {**TERMS, "cohort": list(SIX)}
+
+
+MINE, OTHERS = draw_groups(SIX, 3, seed=0, round=1)
+
+
+@pytest.fixture
+def grouped(tmp_path: Path) -> Federation:
+    return Federation(tmp_path, names=SIX, **GROUPED)
+
+
+def test_a_site_goes_along_with_the_group_that_the_seed_gives_it(grouped: Federation) -> None:
+    keys = {name: grouped.ask(name, "keys", sites=MINE, terms=GROUPED_TERMS) for name in MINE}
+    boxes = grouped.ask("site-a", "shares", keys, sites=MINE, terms=GROUPED_TERMS)["boxes"]
+    assert set(boxes) == set(MINE) - {"site-a"}
+
+
+def test_a_coordinator_does_not_choose_who_is_summed_with_whom(grouped: Federation) -> None:
+    """A victim among confederates of the coordinator's would have its update read off the sum."""
+    swapped = tuple(sorted(("site-a", *MINE[1:2], *OTHERS[:1])))
+    for sites in (swapped, SIX, MINE[:2]):
+        with pytest.raises(SiteError, match="not of the sites that the recipe's seed puts together"):
+            grouped.ask("site-a", "keys", sites=sites, terms=GROUPED_TERMS)
+    # nor by leaving out the cohort, or by naming it in another order
+    with pytest.raises(SiteError, match="not of the sites"):
+        grouped.ask("site-a", "keys", sites=swapped, terms=TERMS | {"cohort": [*swapped, *set(SIX) - set(swapped)]})
+    with pytest.raises(SiteError, match="whom the signed job does not name"):
+        grouped.ask("site-a", "keys", sites=MINE, terms={**TERMS, "cohort": [*SIX, "stranger"]})
+
+
+def test_members_that_were_told_different_cohorts_go_no_further(tmp_path: Path) -> None:
+    """Who else is in the round decides who is with whom: it is signed too, even where the group would be the same."""
+    seven = (*SIX, "site-g")
+    federation = Federation(tmp_path, names=seven, **GROUPED)
+    round, mine = next(
+        (round, group)
+        for round in range(1, 1000)
+        for group in draw_groups(SIX, 3, seed=0, round=round)
+        if "site-a" in group and group in draw_groups(seven, 3, seed=0, round=round)
+    )
+    told = {name: {"sites": mine, "round": round, "terms": GROUPED_TERMS} for name in mine}
+    told[mine[-1]]["terms"] = {**TERMS, "cohort": list(seven)}
+    keys = {name: federation.ask(name, "keys", **told[name]) for name in mine}
+    with pytest.raises(SecureAggregationError, match="not signed by its identity"):
+        federation.ask("site-a", "shares", keys, **told["site-a"])

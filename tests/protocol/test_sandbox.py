@@ -28,8 +28,8 @@ from tests.conftest import SITES
 from tests.unit.command_line import call
 
 MakeRecipe = Callable[..., Recipe]
-#: variants whose updates are summed securely without being told to: a sum is enough, and three sites take part
-SECURE = ("fedavg", "ffa-lora", "rolora", "ditto", "interpolation")
+#: variants whose updates are summed securely: without being told to where a sum is enough, and three sites take part
+SECURE = ("fedavg", "ffa-lora", "rolora", "ditto", "interpolation", "grouped-median")
 FEDBUFF = {"rounds": 4, "strategy": {"name": "fedbuff", "buffer": 2}}
 EVALUATION = {"controls": ["base"], "samples": 1, "max_new_tokens": 4}
 
@@ -62,7 +62,8 @@ def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp
 
 
 def test_other_kinds_of_updates_have_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """Updates that a codec made small, and of sites that send a part of the adapter. Then what has no bits to compare:
+    """Updates that a codec made small, of sites that send a part of the adapter, and in groups that are summed securely.
+    Then what has no bits to compare:
     private steps, versions without rounds, a run that a person approves, and a site that is killed."""
     plain = make_recipe(name="fedavg", evaluation=EVALUATION)
     adapter = {"r": 4, "sites": {"south": {"r": 3, "alpha": 5, "layers": [1]}}, "budget": {"west": 0.5}}
@@ -72,6 +73,10 @@ def test_other_kinds_of_updates_have_the_bits_of_one_machine(make_recipe: MakeRe
         "small": {"compression": small, "federation": {"cohort": 2}},
         "small-scaffold": {"compression": "auto", "federation": {"strategy": "scaffold"}},
         "small-median": {"compression": drawn, "federation": {"strategy": "median"}},
+        "grouped-median": {
+            "privacy": {"secure_aggregation": "on", "secure_group_size": 3},
+            "federation": {"strategy": "median"},
+        },
         "parts": {"model": {"name": plain.model.name, "adapter": adapter}, "federation": {"strategy": "hetlora"}},
     }
     with sandbox(plain, tmp_path) as federation:

@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
@@ -29,13 +29,15 @@ STEPS = ("keys", "shares", "train", "consent", "reveal")
 class Stage:
     """A coordinator, a lead, and sites of one secure run."""
 
+    privacy: ClassVar[dict[str, Any]] = {"secure_aggregation": "on"}
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.coordinator = Coordinator(folder)
 
     def begin(self, num_sites: int, *, rounds: int = 1, instead: Instead | None = None, **federation: Any) -> str:
         """Submit a run to sites that go along, but for what is done `instead`; its id."""
-        names = [f"site-{letter}" for letter in "abcdefg"[:num_sites]]
+        names = [f"site-{letter}" for letter in "abcdefghi"[:num_sites]]
         self.lead = self.coordinator.hand("lena", "lead")
         self.job = self._job(names, rounds, federation)
         self.sites = {
@@ -47,7 +49,7 @@ class Stage:
     def _job(self, names: Sequence[str], rounds: int, federation: dict[str, Any]) -> pb.Job:
         job = self.lead.job(rounds=rounds, sites=names, **federation)
         recipe = known(job).recipe
-        privacy = recipe.privacy.model_copy(update={"secure_aggregation": "on"})
+        privacy = recipe.privacy.model_copy(update=self.privacy)
         self.recipe = recipe.model_copy(update={"privacy": privacy})
         job.recipe = recipe_text(self.recipe)
         return job

@@ -212,6 +212,13 @@ DENIALS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, int, int | N
     "objectives": ({"objectives": []}, {}, TASK, NOTHING, "objectives: none are allowed; the job names the objective"),
     "objectives, own": ({}, {"objective": OWN_LOSS}, TASK, NOTHING, f"{OWN_LOSS!r}, which is not among them"),
     "min_cohort": ({"min_cohort": 4}, {}, TASK, NOTHING, "min_cohort is 4: so many sites' updates must be combined"),
+    "min_cohort, of a group": (
+        {"min_cohort": 4},
+        {"min_cohort": 9, "secure_group_size": 3},
+        TASK,
+        NOTHING,
+        "the job shows sums of groups of 3 (its privacy.secure_group_size)",
+    ),
     "min_cohort, of the round": ({}, {}, ("train", 1, 2), NOTHING, "min_cohort is 3; 2 sites are invited"),
     "max_rounds": ({"max_rounds": 9}, {}, TASK, NOTHING, "max_rounds is 9; the job has 10 rounds"),
     "max_rounds, of the task": (

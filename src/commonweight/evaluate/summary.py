@@ -378,7 +378,7 @@ def _sums(metrics: Metrics) -> str:
     if size is None:
         return "Secure sums: on; of each round's updates the coordinator learnt the weighted sum alone."
     return (
-        f"Secure sums: on, in random groups of at least {count(int(size))} sites; of each group's updates the "
+        f"Secure sums: on, in random groups of at least {counted(int(size), 'site')}; of each group's updates the "
         "coordinator learnt the weighted sum alone."
     )
 

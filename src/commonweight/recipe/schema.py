@@ -934,7 +934,7 @@ class Recipe(Section):
         if self.model.adapter.shaped:
             return "rows of one length are added, and model.adapter gives some sites a part of it"
         if self.compression.active:
-            return "`compression` makes of an update what cannot be added to others"
+            return "whole rows are added, which `compression` does not send"
         return ""
 
     @model_validator(mode="after")
