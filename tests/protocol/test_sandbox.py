@@ -62,9 +62,9 @@ def test_a_federation_gives_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp
 
 
 def test_other_kinds_of_updates_have_the_bits_of_one_machine(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """Updates that a codec made small, of sites that send a part of the adapter, and in groups that are summed securely.
-    Then what has no bits to compare:
-    private steps, versions without rounds, a run that a person approves, and a site that is killed."""
+    """Updates that a codec made small, of sites that send a part of the adapter, and of groups that are summed securely
+    each. Then what has no bits to compare: private steps, versions without rounds, a run that a person approves, and a
+    site that is killed."""
     plain = make_recipe(name="fedavg", evaluation=EVALUATION)
     adapter = {"r": 4, "sites": {"south": {"r": 3, "alpha": 5, "layers": [1]}}, "budget": {"west": 0.5}}
     small = {"shorten": {"name": "top-k", "keep": 0.2}, "round": {"name": "uniform", "bits": 4}, "pack": "huffman"}
