@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from commonweight.codec.coded import CODED, packed
+from commonweight.codec.coded import CODED, Packer
 from commonweight.codec.feedback import coder_of
 from commonweight.coordinator.folder import enroll, init
 from commonweight.coordinator.server import log_to_stderr, serve
@@ -37,13 +37,14 @@ from commonweight.identity.enrol import enrol
 from commonweight.identity.folder import IdentityFolder
 from commonweight.lead.client import Client
 from commonweight.lead.submit import sign
-from commonweight.model.tensors import NamedTensors
+from commonweight.model.tensors import Layout, NamedTensors, Room, in_memory
 from commonweight.recipe.load import parse_recipe
 from commonweight.recipe.resolved import recipe_text
 from commonweight.recipe.schema import CompressionSpec, Recipe
 from commonweight.site.agent import Agent
 from commonweight.site.audit import SiteAudit
 from commonweight.site.log import SiteLog
+from commonweight.site.outbox import Desk
 from commonweight.site.policy import PolicyFile
 from commonweight.site.records import SiteRecords
 from commonweight.site.settings import SiteSettings
@@ -80,10 +81,12 @@ class NoiseWorkshop:
 
     Args:
         seconds: how long it pretends to train.
+        folder: where it keeps what codecs lose, in files; None: everything is in its memory, and the update's tensors
+            are used again.
     """
 
-    def __init__(self, name: str, *, seconds: float = 0.0, log: Path | None = None) -> None:
-        self.name, self.seconds, self.log = name, seconds, log
+    def __init__(self, name: str, *, seconds: float = 0.0, log: Path | None = None, folder: Path | None = None) -> None:
+        self.name, self.seconds, self.log, self.folder = name, seconds, log, folder
         self._delta: NamedTensors | None = None
         self._compression: dict[str, CompressionSpec] = {}
         self._late: dict[str, NamedTensors] = {}
@@ -101,6 +104,7 @@ class NoiseWorkshop:
         cancelled: Callable[[], bool] = lambda: False,
         progress: Any = None,
         base_digest: str | None = None,
+        room: Room = in_memory,
     ) -> Work:
         if self.log is not None:
             with self.log.open("a") as file:
@@ -108,29 +112,38 @@ class NoiseWorkshop:
         ends = time.monotonic() + self.seconds
         while time.monotonic() < ends and not cancelled():
             time.sleep(0.02)
-        theta = base["theta"]
-        if self._delta is None or self._delta.layout != theta.layout:
-            self._delta = NamedTensors.empty(theta.layout)
+        delta = self._empty(base["theta"].layout, room)
         seed = int.from_bytes(f"{self.name}/{task.round}".encode()[-7:], "big")
         block = torch.empty(_NOISE).normal_(std=1e-3, generator=torch.Generator().manual_seed(seed))
-        for _, flat in self._delta.floating():
+        for _, flat in delta.floating():
             for start in range(0, flat.numel(), _NOISE):
                 piece = flat[start : start + _NOISE]
                 piece.copy_(block[: piece.numel()])
         figures = (10 + len(self.name), 100, 1, {"loss": 1.0, "seconds": self.seconds})
-        return Work(self._sent(run, task.round, self._delta), *figures)
+        return Work(self._sent(run, task.round, delta, room), *figures)
 
-    def _sent(self, run: str, round: int, delta: NamedTensors) -> dict[str, NamedTensors]:
+    def _empty(self, layout: Layout, room: Room) -> NamedTensors:
+        if self.folder is not None:
+            return room("delta", layout)
+        if self._delta is None or self._delta.layout != layout:
+            self._delta = NamedTensors.empty(layout)
+        return self._delta
+
+    def _sent(self, run: str, round: int, delta: NamedTensors, room: Room) -> dict[str, NamedTensors]:
         """What leaves: the update, or what a codec makes of it; what that loses is kept while the process lives."""
         spec = self._compression.get(run, CompressionSpec())
         coder = coder_of(spec, delta.layout, 0)
         if coder is None:
             return {"delta": delta}
         if spec.keeps_errors and run not in self._late:
-            self._late[run] = NamedTensors.zeros(delta.layout, wide=True)
+            lasting = in_memory if self.folder is None else Desk(self.folder / "lasting")
+            self._late[run] = lasting("late", delta.layout, wide=True)
         errors = {"delta": self._late[run]} if spec.keeps_errors else {}
         seed = coder.update_seed(self.name, round)
-        return {CODED: packed(list(coder.encode({"delta": delta}, errors, seed)), seed)}
+        packer = Packer(coder, room)
+        for coded in coder.encode({"delta": delta}, errors, seed):
+            packer.add(coded)
+        return {CODED: packer.packed(seed)}
 
     def answer(self, run: str, task: Any, base: Any, **_: Any) -> dict[str, Any]:
         return {site: {"nll": [1.0], "tokens": [1], "correct": [1]} for site in task.sites}
@@ -145,10 +158,13 @@ class Federation:
     Args:
         settings: of the coordinator, beside its ports.
         seconds: how long sites pretend to train.
+        large: their updates are made in files, as those of large models are.
     """
 
-    def __init__(self, folder: Path, *, settings: Mapping[str, Any] | None = None, seconds: float = 0.0) -> None:
-        self.folder, self.seconds = folder, seconds
+    def __init__(
+        self, folder: Path, *, settings: Mapping[str, Any] | None = None, seconds: float = 0.0, large: bool = False
+    ) -> None:
+        self.folder, self.seconds, self.large = folder, seconds, large
         self.coordinator_folder, self.lead_folder = folder / "coordinator", folder / "lead"
         self.settings = dict(settings or {})
         self.coordinator: subprocess.Popen[bytes] | None = None
@@ -218,7 +234,8 @@ class Federation:
         redirect(self.folder / "sites" / site / "identity", port)
 
     def start_site(self, *names: str) -> subprocess.Popen[bytes]:
-        return self._start(names[0], ["sites", str(self.folder), str(self.seconds), *names])
+        kind = "large-sites" if self.large else "sites"
+        return self._start(names[0], [kind, str(self.folder), str(self.seconds), *names])
 
     def _start(self, log: str, arguments: list[str]) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -329,7 +346,7 @@ def _coordinator(folder: Path, ready: Path) -> None:
     serve(folder, ready=lambda settings, ports: ready.write_text(json.dumps(ports)) and None)
 
 
-async def _sites(folder: Path, seconds: float, names: Sequence[str]) -> None:
+async def _sites(folder: Path, seconds: float, names: Sequence[str], *, large: bool) -> None:
     torch.set_num_threads(1)
     bound_memory()
     pool = ThreadPoolExecutor(4)
@@ -339,7 +356,7 @@ async def _sites(folder: Path, seconds: float, names: Sequence[str]) -> None:
         identity = IdentityFolder.open(home / "identity")
         records = SiteRecords(home / "state.sqlite")
         settings = SiteSettings(name=name, address=identity.address, data={"path": "none"})
-        workshop = NoiseWorkshop(name, seconds=seconds, log=home / "trained")
+        workshop = NoiseWorkshop(name, seconds=seconds, log=home / "trained", folder=home if large else None)
         agents.append(
             Agent(
                 settings,
@@ -364,13 +381,14 @@ async def _sites(folder: Path, seconds: float, names: Sequence[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["coordinator", "sites"])
+    parser.add_argument("what", choices=["coordinator", "sites", "large-sites"])
     parser.add_argument("rest", nargs="+")
     given = parser.parse_args()
     if given.what == "coordinator":
         _coordinator(Path(given.rest[0]), Path(given.rest[1]))
     else:
-        asyncio.run(_sites(Path(given.rest[0]), float(given.rest[1]), given.rest[2:]))
+        large = given.what == "large-sites"
+        asyncio.run(_sites(Path(given.rest[0]), float(given.rest[1]), given.rest[2:], large=large))
 
 
 if __name__ == "__main__":

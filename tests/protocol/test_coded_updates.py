@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from commonweight.codec.chain import codec_of
-from commonweight.codec.coded import CHOICES, CODED, LENGTHS, PAYLOADS, Payloads, check_layout, packed
+from commonweight.codec.coded import CHOICES, CODED, LENGTHS, PAYLOADS, Packer, Payloads, check_layout
 from commonweight.codec.feedback import Coder
 from commonweight.codec.stage import BadPayload
 from commonweight.model.tensors import NamedTensors
@@ -38,7 +38,10 @@ def coder() -> Coder:
 def small(change: Change = lambda tensors: None) -> tuple[NamedTensors, NamedTensors]:
     """An update as it is sent, and what it stands for."""
     update = theta(0.01)
-    sent = packed(list(coder().encode({"delta": update}, {}, 5)), 5)
+    packer = Packer(coder())
+    for payload in coder().encode({"delta": update}, {}, 5):
+        packer.add(payload)
+    sent = packer.packed(5)
     tensors = {name: tensor.clone() for name, tensor in sent.items()}
     change(tensors)
     return NamedTensors.of(tensors), update

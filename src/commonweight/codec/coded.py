@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..model.tensors import Entry, Layout, NamedTensors
+from ..model.tensors import Entry, Layout, NamedTensors, Room, in_memory
 from .chain import Span
 from .feedback import Coded, Coder, draw_of
 from .stage import BadPayload
@@ -33,27 +33,56 @@ Fetch = Callable[[int, int], bytes]
 Decode = Callable[[str, int], Tensor]
 
 
-def packed(coded: Sequence[Coded], seed: int) -> NamedTensors:
-    """An update's payloads as tensors."""
-    body = b"".join(one.payload for one in coded)
-    return NamedTensors.of(
-        {
-            LENGTHS: torch.tensor([len(one.payload) for one in coded], dtype=torch.int32),
-            PAYLOADS: torch.frombuffer(bytearray(body), dtype=torch.uint8)
-            if body
-            else torch.empty(0, dtype=torch.uint8),
-            CHOICES: torch.tensor([seed, coded[0].codec if coded else 0], dtype=torch.int64),
-        }
+class Packer:
+    """Payloads as tensors, put where they belong as they are made: none is held beside.
+
+    Args:
+        room: where the tensors are held.
+    """
+
+    def __init__(self, coder: Coder, room: Room = in_memory) -> None:
+        self._held = room(CODED, _layout(coder.channels * len(coder.spans), _most(coder, coder.channels)))
+        self._lengths: list[int] = []
+        self._codec = self._size = 0
+
+    def add(self, coded: Coded) -> None:
+        """The next payload."""
+        stop = self._size + len(coded.payload)
+        if coded.payload:
+            self._held[PAYLOADS][self._size : stop] = torch.frombuffer(bytearray(coded.payload), dtype=torch.uint8)
+        self._size, self._codec = stop, coded.codec
+        self._lengths.append(len(coded.payload))
+
+    def packed(self, seed: int) -> NamedTensors:
+        """An update's payloads, all of which were added; views of what the room holds."""
+        self._held[LENGTHS].copy_(torch.tensor(self._lengths, dtype=torch.int32))
+        self._held[CHOICES].copy_(torch.tensor([seed, self._codec], dtype=torch.int64))
+        flats = {**self._held.flats, torch.uint8: self._held.flats[torch.uint8][: self._size]}
+        return NamedTensors(_layout(len(self._lengths), self._size), flats)
+
+
+def _layout(lengths: int, payloads: int) -> Layout:
+    return Layout(
+        (
+            Entry(CHOICES, torch.int64, (2,), 0, 2),
+            Entry(LENGTHS, torch.int32, (lengths,), 0, lengths),
+            Entry(PAYLOADS, torch.uint8, (payloads,), 0, payloads),
+        )
     )
+
+
+def _most(coder: Coder, channels: int) -> int:
+    """The largest number of bytes of an update's payloads."""
+    return channels * max(coder.most(place) for place in range(len(coder.codecs)))
 
 
 def check_layout(layout: Layout, coder: Coder, channels: Sequence[str]) -> None:
     """Whether tensors of this layout can be an update of these channels.
 
     Raises:
-        BadPayload: other tensors than `packed` makes, or more bytes than the codec could write.
+        BadPayload: other tensors than `Packer` makes, or more bytes than the codec could write.
     """
-    most = len(channels) * max(coder.most(place) for place in range(len(coder.codecs)))
+    most = _most(coder, len(channels))
     expected = {LENGTHS: (torch.int32, len(channels) * len(coder.spans)), CHOICES: (torch.int64, 2)}
     found = {entry.name: (entry.dtype, entry.numel) for entry in layout.entries if len(entry.shape) == 1}
     payloads = found.pop(PAYLOADS, None)

@@ -40,6 +40,7 @@ class Coder:
         codecs: of which each update is coded by one.
         seed: of the run; each update has a seed of its own.
         budget: bytes that an update's payloads may have, all channels together, where there are several codecs.
+        channels: how many an update has.
 
     Raises:
         RecipeError: no codec is sure to stay within the budget.
@@ -49,6 +50,7 @@ class Coder:
         self, codecs: Sequence[Codec], layout: Layout, seed: int, *, budget: int | None = None, channels: int = 1
     ) -> None:
         self.codecs, self.layout, self.seed, self.budget = tuple(codecs), layout, seed, budget
+        self.channels = channels
         self.spans = tuple(spans(layout))
         most = [channels * self.most(place) for place in range(len(codecs))]
         self._surest = most.index(min(most))

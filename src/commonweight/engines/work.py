@@ -20,7 +20,7 @@ from ..evaluate.scoring import answer, score_site, score_tokens
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, TrainTask
 from ..model.clusters import channel_of
 from ..model.shapes import worn
-from ..model.tensors import NamedTensors, first_non_finite, on_cpu
+from ..model.tensors import NamedTensors, Room, first_non_finite, in_memory, on_cpu
 from ..privacy.adaptive_clip import UNDER_CLIP
 from ..privacy.example_level import NoisySteps
 from ..privacy.site_level import clip_
@@ -88,6 +88,7 @@ class TaskWork:
         own_checkpoint: Checkpoint | None = None,
         on_step: Callable[[int], None] = untold,
         sent: Callable[[Coded], None] = unseen,
+        room: Room = in_memory,
     ) -> Trained:
         """One site's turn.
 
@@ -99,6 +100,7 @@ class TaskWork:
             own_checkpoint: of the training of its own model, if there is one.
             sent: given the update's payloads, in order, if a codec makes it small; `delta` and the further channels
                 are then what the payloads stand for.
+            room: where what a codec loses is held.
 
         Raises:
             SiteError: a loss that is not finite, or an objective that went beyond the site's part; Cancelled.
@@ -145,7 +147,7 @@ class TaskWork:
             seed, steps = derive_seed(self.bench.recipe.seed, "own", task.site, task.round), change.steps(task.steps)
             own = replace(work, steps=steps, seed=seed, correction=change.pull, checkpoint=own_checkpoint)
             new_state["own"] = self._own(own, state.get("own", theta))
-        num_bytes = self._code(task, {"delta": delta, **further}, state, new_state, sent)
+        num_bytes = self._code(task, {"delta": delta, **further}, state, new_state, sent, room)
         # plain numbers: an objective of one's own may count in NumPy's or torch's
         metrics = {"seconds": time.perf_counter() - began}
         if task.clip is not None:
@@ -174,6 +176,7 @@ class TaskWork:
         state: Mapping[str, NamedTensors],
         new_state: dict[str, NamedTensors],
         sent: Callable[[Coded], None],
+        room: Room,
     ) -> int:
         """Make an update small; returns its bytes, 0 where nothing is asked for. What is lost goes into `new_state`."""
         coder, num_bytes = self.bench.coder, 0
@@ -182,8 +185,9 @@ class TaskWork:
             return 0
         if self.bench.recipe.compression.keeps_errors:
             for channel, tensors in channels.items():
-                known = state.get(_LATE + channel)
-                late[channel] = NamedTensors.zeros(tensors.layout, wide=True) if known is None else known
+                late[channel] = room(f"late-{channel}", tensors.layout, wide=True)
+                if _LATE + channel in state:
+                    late[channel].copy_(state[_LATE + channel])
         for coded in coder.encode(channels, late, coder.update_seed(task.site, task.round)):
             num_bytes += LENGTH_BYTES + len(coded.payload)
             sent(coded)

@@ -17,6 +17,7 @@ import mmap
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -180,6 +181,23 @@ class NamedTensors(Mapping[str, Tensor]):
         for flat in self.flats.values():
             sha.update(bytes_of(flat))
         return sha.hexdigest()
+
+
+class Room(Protocol):
+    """Where tensors are held that are made on the way."""
+
+    def __call__(self, name: str, layout: Layout, *, wide: bool = False) -> NamedTensors:
+        """Zeros to write into.
+
+        Args:
+            name: what they are; what is asked for under one name again takes the place of what was.
+            wide: as in `NamedTensors.zeros`.
+        """
+
+
+def in_memory(name: str, layout: Layout, *, wide: bool = False) -> NamedTensors:
+    """A `Room` in this process's memory."""
+    return NamedTensors.zeros(layout, wide=wide)
 
 
 def shared_memory(num_bytes: int) -> Tensor:

@@ -473,21 +473,26 @@ class Agent:
         """Train, and put the update on disk if it was dear, or is masked and must not be made twice. Blocks for as long
         as training takes."""
         task, began = item.task, time.monotonic()
-        work = self.workshop.train(
-            task.run,
-            body,
-            base,
-            cancelled=lambda: item.cancelled,
-            progress=item.tell,
-            base_digest=task.base,
-        )
-        if body.secure is not None:
-            work = self.sums.mask(known, task, body, work)
-        took = time.monotonic() - began
-        parcel = self._parcel(task, known, work)
-        if (took > self.keep_after_s or body.secure is not None) and not item.withdrawn:
-            self.outbox.keep(task.run, task.id, parcel)
-        return parcel
+        desk = self.outbox.desk(task.run, task.id)
+        try:
+            work = self.workshop.train(
+                task.run,
+                body,
+                base,
+                cancelled=lambda: item.cancelled,
+                progress=item.tell,
+                base_digest=task.base,
+                room=desk,
+            )
+            if body.secure is not None:
+                work = self.sums.mask(known, task, body, work)
+            took = time.monotonic() - began
+            parcel = self._parcel(task, known, work)
+            if (took > self.keep_after_s or body.secure is not None) and not item.withdrawn:
+                self.outbox.keep(task.run, task.id, parcel, desk)
+            return parcel
+        finally:
+            desk.clear()
 
     def _parcel(self, task: pb.Task, known: KnownJob, work: Work) -> Parcel:
         layout = next(iter(work.channels.values())).layout

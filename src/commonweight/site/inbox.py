@@ -89,14 +89,18 @@ class FrameFile:
                     held[piece.index] = chunk_digest(view) == self.frame.digests[piece.index]
         return held
 
-    def tensors(self) -> dict[str, NamedTensors]:
-        """The channels, as views of the mapped file. Writing to them changes memory only, never the file."""
+    def tensors(self, *, shared: bool = False) -> dict[str, NamedTensors]:
+        """The channels, as views of the mapped file.
+
+        Args:
+            shared: writing to them changes the file; by default it changes memory only.
+        """
         if not self.is_whole():
             raise StorageError(f"{self.path} is missing or cut short", hint="it is fetched again when it is needed")
         with storage_errors(self.path):
             buffer = torch.empty(0, dtype=torch.uint8)
             if self.num_bytes:
-                buffer = torch.from_file(str(self.path), shared=False, size=self.num_bytes, dtype=torch.uint8)
+                buffer = torch.from_file(str(self.path), shared=shared, size=self.num_bytes, dtype=torch.uint8)
         flats: dict[str, dict[torch.dtype, torch.Tensor]] = {channel.name: {} for channel in self.frame.plan.channels}
         for (channel, dtype), place in self._places.items():
             stop = place.offset + place.numel * place.held.itemsize

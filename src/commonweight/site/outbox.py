@@ -2,6 +2,7 @@
 
 runs/<run>/outbox-<task>.bin        the update's tensors, as a frame's body (inbox.py)
 runs/<run>/outbox-<task>.manifest   what goes with them; written last: without it there is no entry
+runs/<run>/outbox-<task>-*.draft    tensors in the making, where they are large
 
 (<task>: the first 32 hex digits of the SHA-256 of the task's id.)
 """
@@ -9,17 +10,21 @@ runs/<run>/outbox-<task>.manifest   what goes with them; written last: without i
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..federation.folder import replacing
-from ..model.tensors import NamedTensors
+from ..model.tensors import Layout, NamedTensors, in_memory
 from ..wire.decode import decode
-from ..wire.frames import Frame, pack_chunk, parse_header, piece_of
+from ..wire.frames import Channel, Frame, Plan, pack_chunk, parse_header, piece_of
 from ..wire.protocol_pb2 import Manifest
 from ..wire.refusals import Refused
 from .inbox import FrameFile, write_frame
+
+#: tensors that take more bytes are made in files
+IN_MEMORY_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,56 @@ class Parcel:
         return pack_chunk(index, piece_of(self.tensors, self.frame.plan.pieces[index]))
 
 
+class Desk:
+    """A `Room` for one task's work: what is large lies in files, mapped into memory, so that the system can take back
+    the memory of what has been written. An update that was made in such a file need not be written to another.
+
+    Args:
+        stem: of the files' names.
+    """
+
+    def __init__(self, stem: Path) -> None:
+        self._stem = stem
+        self._drafts: dict[str, tuple[FrameFile, NamedTensors]] = {}
+
+    def __call__(self, name: str, layout: Layout, *, wide: bool = False) -> NamedTensors:
+        """See `Room`.
+
+        Raises:
+            StorageError: there is no room.
+        """
+        plan = Plan(layout, (Channel(name, wide),))
+        if plan.num_bytes <= IN_MEMORY_BYTES:
+            return in_memory(name, layout, wide=wide)
+        file = FrameFile(self._stem.with_name(f"{self._stem.name}-{name}.draft"), Frame(plan, ()))
+        file.path.unlink(missing_ok=True)
+        file.make()
+        tensors = file.tensors(shared=True)[name]
+        self._drafts[name] = file, tensors
+        return tensors
+
+    def hand_over(self, parcel: Parcel, body: Path) -> bool:
+        """Make the file in which a parcel's tensors were made its body, whole and on disk; False: there is no such
+        file."""
+        made = [self._drafts[name] for name in parcel.tensors if name in self._drafts]
+        if len(made) != 1 or len(parcel.tensors) != 1:
+            return False
+        ((draft, tensors),) = made
+        (sent,) = parcel.tensors.values()
+        if any(flat.data_ptr() != tensors.flats[dtype].data_ptr() for dtype, flat in sent.flats.items()):
+            return False
+        with replacing(body) as temporary:
+            draft.path.replace(temporary)
+            os.truncate(temporary, FrameFile(body, parcel.frame).num_bytes)
+        return True
+
+    def clear(self) -> None:
+        """Delete the files. What was made in them can be read for as long as somebody holds it."""
+        for draft, _ in self._drafts.values():
+            draft.path.unlink(missing_ok=True)
+        self._drafts.clear()
+
+
 class Outbox:
     """A site's finished updates.
 
@@ -45,14 +100,23 @@ class Outbox:
     def __init__(self, runs: Path) -> None:
         self.runs = runs
 
-    def keep(self, run: str, task: str, parcel: Parcel) -> None:
+    def desk(self, run: str, task: str) -> Desk:
+        """A room for a task's work."""
+        body, _ = self._files(run, task)
+        return Desk(body.with_suffix(""))
+
+    def keep(self, run: str, task: str, parcel: Parcel, desk: Desk | None = None) -> None:
         """Put an update on disk, whole or not at all.
+
+        Args:
+            desk: on which it may have been made.
 
         Raises:
             StorageError: there is no room.
         """
         body, manifest = self._files(run, task)
-        write_frame(body, parcel.frame, parcel.tensors)
+        if desk is None or not desk.hand_over(parcel, body):
+            write_frame(body, parcel.frame, parcel.tensors)
         with replacing(manifest) as temporary:
             temporary.write_bytes(parcel.manifest)
 

@@ -15,19 +15,18 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from ..codec.coded import CODED, packed
-from ..codec.feedback import Coded
+from ..codec.coded import CODED, Packer
 from ..data.names import listed
 from ..data.partition_report import data_digest
 from ..data.sites import Site, load_sites
 from ..engines.bench import Bench, build_bench
 from ..engines.handshake import check_handshake, handshake
 from ..engines.noise_secret import NoiseSecret
-from ..engines.work import TaskWork
+from ..engines.work import TaskWork, unseen
 from ..errors import CommonweightError, DataError, SiteError, StateError, StorageError
 from ..federation.messages import ChainTask, EvaluateTask, SampleTask, TrainTask
 from ..model.clusters import channel_of
-from ..model.tensors import Layout, NamedTensors, first_non_finite
+from ..model.tensors import Layout, NamedTensors, Room, first_non_finite, in_memory
 from ..recipe.problems import validate
 from ..recipe.schema import DataSpec, Recipe, SitesSpec
 from ..recipe.source import read_source
@@ -101,6 +100,7 @@ class Workshop(Protocol):
         cancelled: Callable[[], bool] = never,
         progress: Progress = quiet,
         base_digest: str | None = None,
+        room: Room = in_memory,
     ) -> Work:
         """Carry out a training task from global tensors, which are not written to.
 
@@ -108,6 +108,7 @@ class Workshop(Protocol):
             base: `theta` and the strategy's further channels.
             cancelled: asked before each step; True ends the work with `Cancelled`.
             base_digest: names the base, for the checkpoint; computed from the tensors when it is not given.
+            room: where the update's tensors are made, and what else is of the model's size.
         """
 
     def answer(
@@ -188,6 +189,7 @@ class RecipeWorkshop:
         cancelled: Callable[[], bool] = never,
         progress: Progress = quiet,
         base_digest: str | None = None,
+        room: Room = in_memory,
     ) -> Work:
         """See `Workshop`.
 
@@ -209,9 +211,9 @@ class RecipeWorkshop:
             tensors = _fitting(base, bench.theta.layout, needed)
             state = files.private_state(task, bench.theta.layout, bench.state_layouts)
             work = self._work(run, bench, cancelled)
-            delta = NamedTensors.empty(bench.theta.layout)
+            delta = room("delta", bench.theta.layout)
             digest = base_digest or _digest(tensors)
-            coded: list[Coded] = []
+            packer = None if bench.coder is None else Packer(bench.coder, room)
             done = work.train(
                 replace(task, site=self.local_name),
                 tensors,
@@ -220,7 +222,8 @@ class RecipeWorkshop:
                 checkpoint=self._checkpoint(files.checkpoint, task, work, digest),
                 own_checkpoint=self._checkpoint(files.own_checkpoint, task, work, digest),
                 on_step=lambda steps: progress(f"step {steps} of {task.steps}"),
-                sent=coded.append,
+                sent=unseen if packer is None else packer.add,
+                room=room,
             )
             shape = bench.shapes.get(self.local_name)
             channels = {"delta": delta if shape is None else shape.own(delta), **done.further}
@@ -229,8 +232,9 @@ class RecipeWorkshop:
             # the loss of one batch says more of its few rows than a strategy that runs over a network asks for
             done.figures["metrics"].pop("first_loss", None)
             done.figures.pop("num_bytes")  # the frame tells
-            if bench.coder is not None:
-                channels = {CODED: packed(coded, bench.coder.update_seed(self.local_name, task.round))}
+            if packer is not None:
+                assert bench.coder is not None
+                channels = {CODED: packer.packed(bench.coder.update_seed(self.local_name, task.round))}
             return Work(channels, **done.figures)
 
     def answer(
