@@ -15,6 +15,8 @@ What goes beyond is killed, and the benchmark fails. Where this user may make no
                       each, and once for the result
     anon_mib          the most memory of its own that a process had above its idle level, sampled
     group_mib         the most that the kernel counted in its control group, pages of files included
+    at_once_ratio     with --compare: the median round of the same with updates that are sent when they are whole and
+                      not while they are made, over that of `round_s`
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -46,8 +49,8 @@ _MIB = 1 << 20
 
 
 def decoder(num_bytes: int) -> Layout:
-    """The layout of a decoder of about so many bytes in bfloat16: an embedding and as many blocks as fit, the width
-    that of a model of billions of parameters where there is room for it."""
+    """The layout of a decoder of at least so many bytes in bfloat16: an embedding and as many blocks as it takes, the
+    width that of a model of billions of parameters where it is large enough."""
     width = next(width for width in (4096, 2048, 1024, 512, 256) if width == 256 or 60 * width**2 * 2 <= num_bytes)
     shapes = {"model.embed_tokens.weight": (8 * width, width)}
     inner = 43 * width // 16
@@ -57,7 +60,7 @@ def decoder(num_bytes: int) -> Layout:
         "mlp.down_proj.weight": (width, inner),
         "input_layernorm.weight": (width,),
     }
-    blocks = max(1, (num_bytes // 2 - 8 * width**2) // sum(torch.Size(shape).numel() for shape in block.values()))
+    blocks = max(1, -(-(num_bytes // 2 - 8 * width**2) // sum(torch.Size(shape).numel() for shape in block.values())))
     for number in range(blocks):
         shapes.update({f"model.layers.{number:03d}.{name}": shape for name, shape in block.items()})
     entries, offset = [], 0
@@ -168,14 +171,22 @@ def copy_s(source: Path, target: Path) -> float:
 
 
 def measure(
-    folder: Path, num_bytes: int, sites: int, rounds: int, limit_mb: int, compression: Any = "none"
+    folder: Path,
+    num_bytes: int,
+    sites: int,
+    rounds: int,
+    limit_mb: int,
+    compression: str = "none",
+    *,
+    at_once: bool = False,
 ) -> dict[str, Any]:
     """A run of so many rounds, and the copy."""
+    folder.mkdir()
     desk = Desk(folder / "model")
     theta = model(decoder(num_bytes), desk)
     fences: dict[str, Fence] = {}
     try:
-        with Federation(folder / "federation", large=True) as federation:
+        with Federation(folder / "federation", large=True, at_once=at_once) as federation:
             pids = {"coordinator": federation.start_coordinator().pid}
             pids.update(zip(federation.site_names(sites), [s.pid for s in federation.start_sites(sites)], strict=True))
             url = f"http://127.0.0.1:{federation.ports['http']}/healthz"
@@ -186,7 +197,7 @@ def measure(
                 fences[name] = Fence(f"commonweight-{os.getpid()}-{name}", limit_mb * _MIB)
                 fences[name].put(pid)
             memory = OwnMemory(pids)
-            run = federation.submit(theta, rounds=rounds, compression=compression)
+            run = federation.submit(theta, rounds=rounds, compression={"round": compression})
             federation.wait(run, seconds=7200)
             own, groups = memory.stop(), {name: fence.peak_mib for name, fence in fences.items()}
             events = federation.events(run)
@@ -229,13 +240,20 @@ def main() -> None:
     parser.add_argument("--sites", type=int, default=2)
     parser.add_argument("--limit-mb", type=int, default=1024, help="MiB above its idle level that a process may take.")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--compression", default="none", help="As in a recipe: none, int8, sign …")
+    parser.add_argument("--compression", default="none", help="`compression.round` of the recipe: none, int8, sign …")
+    parser.add_argument("--compare", action="store_true", help="Also send updates when they are whole.")
     parser.add_argument("--folder", type=Path, help="Where to put the federation; by default a temporary folder.")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        size = int(given.gb * 2**30)
-        result = measure(Path(folder), size, given.sites, given.rounds, given.limit_mb, given.compression)
+        what = int(given.gb * 2**30), given.sites, given.rounds, given.limit_mb, given.compression
+        result = measure(Path(folder) / "ahead", *what)
+        if given.compare:
+            shutil.rmtree(Path(folder) / "ahead")
+            whole = measure(Path(folder) / "at-once", *what, at_once=True)
+            result["at_once_round_s"] = whole["round_s"]
+            medians = [statistics.median(one["round_s"]) for one in (whole, result)]
+            result["at_once_ratio"] = round(medians[0] / medians[1], 2)
     if given.json:
         print(json.dumps(result))
         return

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from commonweight.codec.coded import CODED, Packer
-from commonweight.codec.feedback import coder_of
+from commonweight.codec.feedback import Coder, coder_of
 from commonweight.coordinator.folder import enroll, init
 from commonweight.coordinator.server import log_to_stderr, serve
 from commonweight.coordinator.settings import CoordinatorSettings
@@ -37,7 +37,7 @@ from commonweight.identity.enrol import enrol
 from commonweight.identity.folder import IdentityFolder
 from commonweight.lead.client import Client
 from commonweight.lead.submit import sign
-from commonweight.model.tensors import Layout, NamedTensors, Room, in_memory
+from commonweight.model.tensors import InMemory, Layout, NamedTensors, Room, in_memory
 from commonweight.recipe.load import parse_recipe
 from commonweight.recipe.resolved import recipe_text
 from commonweight.recipe.schema import CompressionSpec, Recipe
@@ -83,10 +83,19 @@ class NoiseWorkshop:
         seconds: how long it pretends to train.
         folder: where it keeps what codecs lose, in files; None: everything is in its memory, and the update's tensors
             are used again.
+        at_once: nothing is told of an update before it is whole.
     """
 
-    def __init__(self, name: str, *, seconds: float = 0.0, log: Path | None = None, folder: Path | None = None) -> None:
-        self.name, self.seconds, self.log, self.folder = name, seconds, log, folder
+    def __init__(
+        self,
+        name: str,
+        *,
+        seconds: float = 0.0,
+        log: Path | None = None,
+        folder: Path | None = None,
+        at_once: bool = False,
+    ) -> None:
+        self.name, self.seconds, self.log, self.folder, self.at_once = name, seconds, log, folder, at_once
         self._delta: NamedTensors | None = None
         self._compression: dict[str, CompressionSpec] = {}
         self._late: dict[str, NamedTensors] = {}
@@ -112,15 +121,20 @@ class NoiseWorkshop:
         ends = time.monotonic() + self.seconds
         while time.monotonic() < ends and not cancelled():
             time.sleep(0.02)
+        if self.at_once:
+            room = _AtOnce(room)
         delta = self._empty(base["theta"].layout, room)
         seed = int.from_bytes(f"{self.name}/{task.round}".encode()[-7:], "big")
         block = torch.empty(_NOISE).normal_(std=1e-3, generator=torch.Generator().manual_seed(seed))
-        for _, flat in delta.floating():
+        coder = coder_of(self._compression.get(run, CompressionSpec()), delta.layout, 0)
+        for dtype, flat in delta.floating():
             for start in range(0, flat.numel(), _NOISE):
                 piece = flat[start : start + _NOISE]
                 piece.copy_(block[: piece.numel()])
+                if coder is None:
+                    room.written("delta", dtype, start + piece.numel())
         figures = (10 + len(self.name), 100, 1, {"loss": 1.0, "seconds": self.seconds})
-        return Work(self._sent(run, task.round, delta, room), *figures)
+        return Work({"delta": delta} if coder is None else self._coded(coder, run, task.round, delta, room), *figures)
 
     def _empty(self, layout: Layout, room: Room) -> NamedTensors:
         if self.folder is not None:
@@ -129,12 +143,9 @@ class NoiseWorkshop:
             self._delta = NamedTensors.empty(layout)
         return self._delta
 
-    def _sent(self, run: str, round: int, delta: NamedTensors, room: Room) -> dict[str, NamedTensors]:
-        """What leaves: the update, or what a codec makes of it; what that loses is kept while the process lives."""
-        spec = self._compression.get(run, CompressionSpec())
-        coder = coder_of(spec, delta.layout, 0)
-        if coder is None:
-            return {"delta": delta}
+    def _coded(self, coder: Coder, run: str, round: int, delta: NamedTensors, room: Room) -> dict[str, NamedTensors]:
+        """What a codec makes of the update; what that loses is kept while the process lives."""
+        spec = self._compression[run]
         if spec.keeps_errors and run not in self._late:
             lasting = in_memory if self.folder is None else Desk(self.folder / "lasting")
             self._late[run] = lasting("late", delta.layout, wide=True)
@@ -152,6 +163,16 @@ class NoiseWorkshop:
         pass
 
 
+class _AtOnce(InMemory):
+    """Another room, which hears of nothing."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+
+    def __call__(self, name: str, layout: Layout, *, wide: bool = False) -> NamedTensors:
+        return self._room(name, layout, wide=wide)
+
+
 class Federation:
     """Processes that stop with the block.
 
@@ -159,12 +180,20 @@ class Federation:
         settings: of the coordinator, beside its ports.
         seconds: how long sites pretend to train.
         large: their updates are made in files, as those of large models are.
+        at_once: large updates are sent when they are whole, not before.
     """
 
     def __init__(
-        self, folder: Path, *, settings: Mapping[str, Any] | None = None, seconds: float = 0.0, large: bool = False
+        self,
+        folder: Path,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        seconds: float = 0.0,
+        large: bool = False,
+        at_once: bool = False,
     ) -> None:
-        self.folder, self.seconds, self.large = folder, seconds, large
+        self.folder, self.seconds = folder, seconds
+        self._kind = "sites" if not large else "large-sites-at-once" if at_once else "large-sites"
         self.coordinator_folder, self.lead_folder = folder / "coordinator", folder / "lead"
         self.settings = dict(settings or {})
         self.coordinator: subprocess.Popen[bytes] | None = None
@@ -234,8 +263,7 @@ class Federation:
         redirect(self.folder / "sites" / site / "identity", port)
 
     def start_site(self, *names: str) -> subprocess.Popen[bytes]:
-        kind = "large-sites" if self.large else "sites"
-        return self._start(names[0], [kind, str(self.folder), str(self.seconds), *names])
+        return self._start(names[0], [self._kind, str(self.folder), str(self.seconds), *names])
 
     def _start(self, log: str, arguments: list[str]) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -346,7 +374,7 @@ def _coordinator(folder: Path, ready: Path) -> None:
     serve(folder, ready=lambda settings, ports: ready.write_text(json.dumps(ports)) and None)
 
 
-async def _sites(folder: Path, seconds: float, names: Sequence[str], *, large: bool) -> None:
+async def _sites(kind: str, folder: Path, seconds: float, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
     bound_memory()
     pool = ThreadPoolExecutor(4)
@@ -356,7 +384,8 @@ async def _sites(folder: Path, seconds: float, names: Sequence[str], *, large: b
         identity = IdentityFolder.open(home / "identity")
         records = SiteRecords(home / "state.sqlite")
         settings = SiteSettings(name=name, address=identity.address, data={"path": "none"})
-        workshop = NoiseWorkshop(name, seconds=seconds, log=home / "trained", folder=home if large else None)
+        own, at_once = home if kind.startswith("large") else None, kind.endswith("at-once")
+        workshop = NoiseWorkshop(name, seconds=seconds, log=home / "trained", folder=own, at_once=at_once)
         agents.append(
             Agent(
                 settings,
@@ -381,14 +410,13 @@ async def _sites(folder: Path, seconds: float, names: Sequence[str], *, large: b
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["coordinator", "sites", "large-sites"])
+    parser.add_argument("what", choices=["coordinator", "sites", "large-sites", "large-sites-at-once"])
     parser.add_argument("rest", nargs="+")
     given = parser.parse_args()
     if given.what == "coordinator":
         _coordinator(Path(given.rest[0]), Path(given.rest[1]))
     else:
-        large = given.what == "large-sites"
-        asyncio.run(_sites(Path(given.rest[0]), float(given.rest[1]), given.rest[2:], large=large))
+        asyncio.run(_sites(given.what, Path(given.rest[0]), float(given.rest[1]), given.rest[2:]))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import torch
 
 from commonweight.errors import AccessError, SiteError, StorageError
 from commonweight.federation.messages import EvaluateTask, TrainTask
-from commonweight.model.tensors import NamedTensors
+from commonweight.model.tensors import NamedTensors, Room, in_memory
 from commonweight.privacy.spending import UNPROTECTED
-from commonweight.site import link
+from commonweight.site import link, outbox
 from commonweight.site.agent import Agent
 from commonweight.site.audit import SiteAudit
 from commonweight.site.gate import Alarm
@@ -33,6 +33,9 @@ from commonweight.site.settings import DataSettings, SiteSettings
 from commonweight.site.workshop import Work
 from commonweight.train.local import Cancelled
 from commonweight.wire import protocol_pb2 as pb
+from commonweight.wire.frames import unpack_chunk
+from commonweight.wire.manifest import check_chunk
+from commonweight.wire.service import UPLOAD_KEY
 
 from .fake_coordinator import Body, FakeCoordinator, People, signed_job
 
@@ -185,11 +188,19 @@ class Site:
 class Stage:
     """A coordinator and a site, a run whose job is known, and its tensors."""
 
-    def __init__(self, folder: Path, **coordinator: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        bench: Bench | None = None,
+        kind: type[FakeCoordinator] = FakeCoordinator,
+        **coordinator: Any,
+    ) -> None:
         self.people = People(folder)
         self.lead = self.people.enrol("lena", "lead")
-        self.coordinator = FakeCoordinator(self.people, **coordinator)
+        self.coordinator = kind(self.people, **coordinator)
         self.site = Site(folder, self.people, lambda: self.coordinator.port)
+        self.site.bench = bench or self.site.bench
         self.channels = theta()
         self.body = body_of(self.channels)
         self.base = self.coordinator.add(self.body)
@@ -1081,6 +1092,133 @@ def test_an_outbox_gives_back_only_what_is_whole_and_asked_for(tmp_path: Path) -
     assert outbox.find("r", "t", base="ab", site="north") is None
     outbox.delete("r", "t")
     assert not list(tmp_path.glob("r/*"))
+
+
+class Gradual(Bench):
+    """Makes its update in two parts, and waits between them until it may go on."""
+
+    def train(
+        self, run: str, task: TrainTask, base: Mapping[str, NamedTensors], *, room: Room = in_memory, **_: Any
+    ) -> Work:
+        theta = base["theta"]
+        delta = room("delta", theta.layout)
+        half = theta.flats[torch.float32].numel() // 2
+        for start, stop in ((0, half), (half, 2 * half)):
+            delta.flats[torch.float32][start:stop] = theta.flats[torch.float32][start:stop] + 1
+            room.written("delta", torch.float32, stop)
+            assert self.go.wait(60)
+        if self.error is not None:
+            raise self.error
+        delta.flats[torch.bfloat16].copy_(theta.flats[torch.bfloat16] + 1)
+        return Work({"delta": delta}, 5, 50, task.steps, {"loss": 1.5})
+
+
+class EarlyCoordinator(FakeCoordinator):
+    """Takes chunks before their manifest, which is then found to have them. `loses`: they are gone by then."""
+
+    early: dict[int, bytes]
+    loses = False
+
+    async def OpenAhead(self, request: pb.Ahead, context: Any) -> pb.UploadStatus:
+        self.early = {}
+        return pb.UploadStatus(state=pb.UploadStatus.OPEN, upload="ahead")
+
+    async def OpenUpload(self, signed: pb.SignedManifest, context: Any) -> pb.UploadStatus:
+        status = await super().OpenUpload(signed, context)
+        upload = self.uploads[status.upload]
+        for index, chunk in {} if self.loses else self.early.items():
+            check_chunk(upload.frame, index, chunk)
+            upload.chunks[index] = chunk
+        return self._status(status.upload)
+
+    async def Push(self, messages: Any, context: Any) -> pb.UploadStatus:
+        if dict(context.invocation_metadata())[UPLOAD_KEY] != "ahead":
+            return await super().Push(messages, context)
+        async for parcel in messages:
+            index, chunk = unpack_chunk(parcel.take())
+            self.early[index] = bytes(chunk)
+        return pb.UploadStatus(state=pb.UploadStatus.OPEN, upload="ahead")
+
+
+@pytest.mark.parametrize("loses", [False, True])
+def test_a_large_update_is_on_its_way_before_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loses: bool
+) -> None:
+    monkeypatch.setattr(outbox, "IN_MEMORY_BYTES", 0)
+
+    async def scene(stage: Stage) -> None:
+        coordinator = stage.coordinator
+        assert isinstance(coordinator, EarlyCoordinator)
+        coordinator.early, coordinator.loses, stage.site.bench.go = {}, loses, threading.Event()
+        stage.offer("t")
+        await until(lambda: set(coordinator.early) == {0})  # of the first 500 elements, in chunks of 256
+        assert not coordinator.uploads
+        stage.site.bench.go.set()
+        assert (await stage.ended("t")).state == DONE
+        (upload,) = coordinator.uploads.values()
+        expected = Body.of({"delta": plus_one(stage.channels["theta"])})
+        assert [upload.chunks[index] for index in sorted(upload.chunks)] == expected.chunks
+        rows = stage.site.audited("update")
+        assert rows[0]["bytes"] == 1024 * rows[0]["chunks"]
+        assert not list(stage.site.folder.glob("runs/run1/outbox-*"))
+
+    play(tmp_path, scene, bench=Gradual(), kind=EarlyCoordinator)
+
+
+def plus_one(tensors: NamedTensors) -> NamedTensors:
+    found = tensors.clone()
+    for flat in found.flats.values():
+        flat.add_(1)
+    return found
+
+
+def test_a_coordinator_that_takes_nothing_ahead_gets_the_whole_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "IN_MEMORY_BYTES", 0)
+
+    async def scene(stage: Stage) -> None:
+        stage.site.bench.go.clear()
+        stage.offer("t")
+        await until(lambda: bool(stage.site.events("ahead.left")))
+        stage.site.bench.go.set()
+        assert (await stage.ended("t")).state == DONE
+        (upload,) = stage.coordinator.uploads.values()
+        assert upload.chunks[0] == Body.of({"delta": plus_one(stage.channels["theta"])}).chunks[0]
+
+    play(tmp_path, scene, bench=Gradual())
+
+
+def test_training_that_fails_after_a_part_has_left_offers_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "IN_MEMORY_BYTES", 0)
+
+    async def scene(stage: Stage) -> None:
+        assert isinstance(stage.coordinator, EarlyCoordinator)
+        stage.coordinator.early = {}
+        stage.site.bench.error = SiteError("it went wrong")
+        stage.offer("t")
+        assert (await stage.ended("t")).state == FAILED
+        assert not stage.coordinator.uploads
+        assert not list(stage.site.folder.glob("runs/run1/outbox-*"))
+
+    play(tmp_path, scene, bench=Gradual(), kind=EarlyCoordinator)
+
+
+def test_nothing_leaves_ahead_that_a_policy_does_not_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "IN_MEMORY_BYTES", 0)
+
+    async def scene(stage: Stage) -> None:
+        assert isinstance(stage.coordinator, EarlyCoordinator)
+        stage.coordinator.early = {}
+        stage.site.policy(max_bytes_per_round=2000)
+        stage.offer("t")
+        assert (await stage.ended("t")).state in (FAILED, REFUSED)
+        assert sum(map(len, stage.coordinator.early.values())) <= 2000
+        assert not stage.coordinator.pushed
+
+    play(tmp_path, scene, bench=Gradual(), kind=EarlyCoordinator)
 
 
 def test_a_full_disk_does_not_end_the_log(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 import torch
 
-from commonweight.coordinator.receive import UpdateReceipt
+from commonweight.coordinator.receipts import UpdateReceipt
 from commonweight.coordinator.store import Lease
 from commonweight.coordinator.tables import leases
 from commonweight.coordinator.uploads import MOST_OFFERS

@@ -41,7 +41,7 @@ class Packer:
     """
 
     def __init__(self, coder: Coder, room: Room = in_memory) -> None:
-        self._held = room(CODED, _layout(coder.channels * len(coder.spans), _most(coder, coder.channels)))
+        self._room, self._held = room, room(CODED, most_layout(coder, coder.channels))
         self._lengths: list[int] = []
         self._codec = self._size = 0
 
@@ -52,6 +52,7 @@ class Packer:
             self._held[PAYLOADS][self._size : stop] = torch.frombuffer(bytearray(coded.payload), dtype=torch.uint8)
         self._size, self._codec = stop, coded.codec
         self._lengths.append(len(coded.payload))
+        self._room.written(CODED, torch.uint8, stop)
 
     def packed(self, seed: int) -> NamedTensors:
         """An update's payloads, all of which were added; views of what the room holds."""
@@ -69,6 +70,11 @@ def _layout(lengths: int, payloads: int) -> Layout:
             Entry(PAYLOADS, torch.uint8, (payloads,), 0, payloads),
         )
     )
+
+
+def most_layout(coder: Coder, channels: int) -> Layout:
+    """The layout of the largest update of so many channels. A smaller one begins as it does."""
+    return _layout(channels * len(coder.spans), _most(coder, channels))
 
 
 def _most(coder: Coder, channels: int) -> int:

@@ -14,7 +14,8 @@ from ..wire.refusals import Refusal, Refused
 from ..wire.service import UPLOAD_KEY, Parcel
 from .lanes import Lanes
 from .metrics import Metrics
-from .receive import InitialReceipt, Receipt, Receiver
+from .receipts import InitialReceipt, Receipt
+from .receive import Receiver
 
 R = TypeVar("R")
 #: transfers that one caller may have under way; each holds a chunk in memory

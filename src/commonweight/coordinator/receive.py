@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import threading
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
@@ -28,23 +27,24 @@ from ..train.start import FROM_THETA, check_cluster
 from ..wire.decode import decode
 from ..wire.frames import Frame, chunk_digest, header_digest
 from ..wire.manifest import (
+    RUN,
     TASK,
     ParsedManifest,
-    check_chunk,
     check_coded_frame,
     check_frame,
     check_text,
-    first_bad,
     parse_manifest,
 )
 from ..wire.partial import ParsedPartial, check_sum_frame, parse_partial
-from ..wire.protocol_pb2 import Manifest, Partial, SignedManifest, SignedPartial, UploadStatus
+from ..wire.protocol_pb2 import Ahead, Manifest, Partial, SignedManifest, SignedPartial, UploadStatus
 from ..wire.refusals import Refusal, Refused
 from .access import ACTIVE
+from .ahead import AheadReceipt, frame_ahead
 from .blobs import Blobs
 from .coded_updates import CodedFile
 from .frame_files import FrameFiles, FrameWriter
 from .plans import Plans, RunPlan
+from .receipts import InitialReceipt, Receipt, UpdateReceipt
 from .rounds import refusal_code
 from .spares import Spares
 from .store import Store, TaskRow, Upload
@@ -65,68 +65,6 @@ _OWN_FAULT = frozenset(
         Refusal.BAD_WEIGHT,
     }
 )
-
-
-@dataclass
-class Receipt:
-    """An upload that is under way on this replica.
-
-    Args:
-        sender: the only one who may push.
-        present: indexes of the chunks that are there.
-        is_over: it was accepted, refused or dropped; nothing may be written any more.
-    """
-
-    id: str
-    sender: str
-    run: str
-    frame: Frame
-    present: set[int] = field(default_factory=set)
-    is_over: bool = False
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def missing(self) -> list[int]:
-        return [index for index in range(self.frame.plan.num_chunks) if index not in self.present]
-
-    def write(self, index: int, chunk: memoryview) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-
-@dataclass
-class UpdateReceipt(Receipt):
-    """An update, or a region's sum of some (`members`), sealed as it comes."""
-
-    sealed: SealedFile | None = None
-    path: Path = Path()
-    blob: str = ""
-    members: tuple[Upload, ...] = ()
-
-    def write(self, index: int, chunk: memoryview) -> None:
-        assert self.sealed is not None
-        self.sealed.write(index, chunk)
-
-    def close(self) -> None:
-        if self.sealed is not None:
-            self.sealed.close()
-
-
-@dataclass
-class InitialReceipt(Receipt):
-    """A run's initial global tensors."""
-
-    writer: FrameWriter | None = None
-
-    def write(self, index: int, chunk: memoryview) -> None:
-        assert self.writer is not None
-        self.writer.write(index, chunk)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.__exit__(None, None, None)
 
 
 class Receiver:
@@ -162,16 +100,63 @@ class Receiver:
                 Refusal.WRONG_SITE, f"the manifest names site {manifest.site!r}, the certificate {holder.name!r}"
             )
         plan = self._plan(manifest)
-        task = self.store.task(manifest.task)
-        if task is None or (task.run, task.site, task.kind) != (manifest.run, manifest.site, "train"):
-            raise Refused(Refusal.WRONG_TASK, f"no training task {manifest.task!r} of this run was given to this site")
-        if task.round != manifest.round:
-            raise Refused(Refusal.WRONG_TASK, f"the task is of round {task.round}, the manifest of {manifest.round}")
+        task = self._task(manifest, holder.name)
         known = self.store.find_upload(manifest.run, manifest.round, manifest.site, header_digest(signed.manifest))
         if known is None:
             self._check(manifest, task, plan)
             self._check_time(manifest, task)
         return self._status(self._opened(manifest, signed.manifest, signed.signature), manifest.frame)
+
+    def _task(self, offer: ParsedManifest | Ahead, site: str) -> TaskRow:
+        task = self.store.task(offer.task)
+        if task is None or (task.run, task.site, task.kind) != (offer.run, site, "train"):
+            raise Refused(Refusal.WRONG_TASK, f"no training task {offer.task!r} of this run was given to this site")
+        if task.round != offer.round:
+            raise Refused(Refusal.WRONG_TASK, f"the task is of round {task.round}, the manifest of {offer.round}")
+        return task
+
+    def open_ahead(self, holder: Holder, ahead: Ahead) -> UploadStatus:
+        """A site will send chunks of an update before its manifest. Asked again, it begins anew.
+
+        Raises:
+            Refused: the task is none of its own, or over, or the run's updates are not cut so.
+        """
+        check_text("a run", ahead.run, RUN)
+        check_text("a task", ahead.task, TASK)
+        plan, task = self._plan(ahead), self._task(ahead, holder.name)
+        if not task.is_open:
+            raise Refused(Refusal.WRONG_TASK, f"task {task.id!r} is over: it is {task.state}")
+        frame = frame_ahead(plan, holder.name, ahead.chunk_bytes)
+        self.check_size("the update", frame)
+        number = _ahead(task.id)
+        before = self._receipts.get(number)
+        if before is not None:
+            self._forget(before)
+        key, wrapped = self.vault.new_key(_context(task))
+        path = self._place(uuid4().hex)
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self.spares.take(task.run, SPARE, path)
+        sealed = SealedFile(path, key, frame.plan.chunk_bytes)
+        receipt = AheadReceipt(
+            number, holder.name, task.run, frame, task=task.id, sealed=sealed, path=path, wrapped=wrapped
+        )
+        with self._lock:
+            self._receipts[number] = receipt
+        return UploadStatus(state=UploadStatus.OPEN, upload=number)
+
+    def _taken_over(self, task: str) -> AheadReceipt | None:
+        """What came ahead of a task's update; nothing is added to it any more."""
+        receipt = self._receipts.get(_ahead(task))
+        if not isinstance(receipt, AheadReceipt):
+            return None
+        with receipt.lock:
+            if receipt.is_over:
+                return None
+            with self._lock:
+                self._receipts.pop(receipt.id, None)
+            receipt.is_over = True
+        return receipt
 
     def open_partial(self, holder: Holder, signed: SignedPartial) -> UploadStatus:
         """A relay offers the sum of its region's updates in a round.
@@ -237,7 +222,7 @@ class Receiver:
             raise Refused(Refusal.WRONG_TASK, f"it is of round {manifest.round} of run {manifest.run!r}")
         self._check(manifest, task, plan)
 
-    def _plan(self, offer: ParsedManifest | ParsedPartial) -> RunPlan:
+    def _plan(self, offer: ParsedManifest | ParsedPartial | Ahead) -> RunPlan:
         plan = self.plans.of(offer.run)
         if plan is None:
             raise Refused(Refusal.UNKNOWN_RUN, f"there is no run {offer.run!r}")
@@ -291,7 +276,8 @@ class Receiver:
 
     def _opened(self, offer: ParsedManifest | ParsedPartial, manifest: bytes, signature: bytes) -> Upload:
         """The upload's row, and the file that its chunks go to."""
-        number, (_, wrapped) = uuid4().hex, self.vault.new_key(_context(offer))
+        ahead = self._taken_over(offer.task)
+        number, wrapped = uuid4().hex, self.vault.new_key(_context(offer))[1] if ahead is None else ahead.wrapped
         upload = self.store.open_upload(
             Upload(
                 id=number,
@@ -307,18 +293,27 @@ class Receiver:
             ),
             offer.sites if isinstance(offer, ParsedPartial) else (),
         )
+        new = upload.id == number
+        present = ahead.of(offer.frame) if ahead is not None and new else set[int]()
+        if ahead is not None:
+            if present:
+                with storage_errors(ahead.path):
+                    ahead.path.rename(self._place(upload.id))
+            ahead.close()
         if upload.state == "open":
-            self._receive(upload, offer, new=upload.id == number)
+            self._receive(upload, offer, present, new=new)
         return upload
 
-    def _receive(self, upload: Upload, offer: ParsedManifest | ParsedPartial, *, new: bool) -> None:
+    def _receive(self, upload: Upload, offer: ParsedManifest | ParsedPartial, present: set[int], *, new: bool) -> None:
         with self._lock:
             if upload.id in self._receipts:
                 return
             path = self._place(upload.id)
             with storage_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            if new:
+            if present:
+                pass
+            elif new:
                 self.spares.take(upload.run, SPARE, path)
             elif self.blobs.exists(upload.blob):  # stored by a process that was killed before it could say so
                 path = self.blobs.open_local(upload.blob)
@@ -327,7 +322,7 @@ class Receiver:
             frame = offer.frame
             sealed = SealedFile(path, key, frame.plan.chunk_bytes)
             receipt = UpdateReceipt(
-                upload.id, upload.site, upload.run, frame, sealed=sealed, path=path, blob=upload.blob
+                upload.id, upload.site, upload.run, frame, present, sealed=sealed, path=path, blob=upload.blob
             )
             if isinstance(offer, ParsedPartial):
                 receipt.members = tuple(_member(*member) for member in offer.members)
@@ -400,12 +395,12 @@ class Receiver:
         if len(message) < 4:
             raise Refused(Refusal.MALFORMED, "a chunk without its index")
         index, chunk = int.from_bytes(message[:4], "big"), memoryview(message)[4:]
-        check_chunk(receipt.frame, index, chunk)
-        bad = first_bad(receipt.frame, index, chunk)
-        if bad is not None:
-            refused = Refused(Refusal.NON_FINITE, f"the update holds NaN or infinity in {bad!r}")
-            self._drop(receipt, refused)
-            raise refused
+        try:
+            receipt.check(index, chunk)
+        except Refused as refused:
+            if not refused.retry:
+                self._drop(receipt, refused)
+            raise
         with receipt.lock:
             if receipt.is_over:
                 raise _reopen(receipt.id)
@@ -433,6 +428,8 @@ class Receiver:
                 return UploadStatus(state=UploadStatus.OPEN, upload=upload, missing=receipt.missing)
             if isinstance(receipt, InitialReceipt):
                 return self._finish_initial(receipt)
+            if isinstance(receipt, AheadReceipt):
+                return UploadStatus(state=UploadStatus.OPEN, upload=upload)
             assert isinstance(receipt, UpdateReceipt)
             return self._finish_update(receipt)
 
@@ -494,7 +491,7 @@ class Receiver:
         """An upload that can never be accepted."""
         if isinstance(receipt, UpdateReceipt):
             self.store.refuse_upload(receipt.id, refused.code, refused.message)
-        else:
+        elif isinstance(receipt, InitialReceipt):
             self.store.set_run_state(receipt.run, "failed", error=f"its initial tensors: {refused.message}")
         self._forget(receipt)
 
@@ -565,6 +562,9 @@ class Receiver:
             if isinstance(receipt, UpdateReceipt):
                 row = self.store.upload(receipt.id)
                 is_open = row is not None and row.state == "open"
+            elif isinstance(receipt, AheadReceipt):
+                task = self.store.task(receipt.task)
+                is_open = task is not None and task.is_open
             else:
                 is_open = self.store.run_row(receipt.run).state == "receiving"
             if not is_open:
@@ -593,7 +593,12 @@ def weight_of(manifest: ParsedManifest, plan: RunPlan) -> float:
     return float(weights[plan.recipe.federation.weighting])
 
 
-def _context(offer: ParsedManifest | ParsedPartial) -> str:
+def _ahead(task: str) -> str:
+    """The id under which chunks are pushed ahead of a task's update."""
+    return f"ahead-{task}"
+
+
+def _context(offer: ParsedManifest | ParsedPartial | TaskRow) -> str:
     """What a sealed update's key is bound to."""
     return f"{offer.run}/{offer.round}/{offer.site}"
 

@@ -13,6 +13,7 @@ from ..identity.certificates import Holder
 from ..wire.manifest import DIGEST, TASK, check_text
 from ..wire.messages import check_site_message
 from ..wire.protocol_pb2 import (
+    Ahead,
     Bye,
     CoordinatorMessage,
     FetchRequest,
@@ -189,6 +190,9 @@ class FederationService(Pushes):
         return RenewReply(certificate=await self.here.away(self.here.renew, holder, request.csr))
 
     # --- uploads
+
+    async def OpenAhead(self, request: Ahead, holder: Holder, context: Any) -> UploadStatus:
+        return await self.here.away(self.here.receiver.open_ahead, holder, request)
 
     async def OpenUpload(self, request: SignedManifest, holder: Holder, context: Any) -> UploadStatus:
         try:

@@ -37,6 +37,7 @@ MAY: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "Federation/Attend": frozenset({SITE, RELAY}),
         "Federation/GetJob": frozenset({SITE, RELAY}),
+        "Federation/OpenAhead": frozenset({SITE}),
         "Federation/OpenUpload": frozenset({SITE}),
         "Federation/OpenPartial": frozenset({RELAY}),
         "Federation/Region": frozenset({RELAY}),

@@ -194,10 +194,21 @@ class Room(Protocol):
             wide: as in `NamedTensors.zeros`.
         """
 
+    def written(self, name: str, dtype: torch.dtype, stop: int) -> None:
+        """The elements before `stop` of a flat of these tensors will not be written to again."""
 
-def in_memory(name: str, layout: Layout, *, wide: bool = False) -> NamedTensors:
+
+class InMemory:
     """A `Room` in this process's memory."""
-    return NamedTensors.zeros(layout, wide=wide)
+
+    def __call__(self, name: str, layout: Layout, *, wide: bool = False) -> NamedTensors:
+        return NamedTensors.zeros(layout, wide=wide)
+
+    def written(self, name: str, dtype: torch.dtype, stop: int) -> None:
+        pass
+
+
+in_memory = InMemory()
 
 
 def shared_memory(num_bytes: int) -> Tensor:

@@ -36,13 +36,14 @@ from ..wire.frames import Channel, frame_of, plan_for
 from ..wire.messages import JSON_BYTES, parse_json
 from ..wire.refusals import Refused
 from ..wire.service import PROTOCOL_MAX, PROTOCOL_MIN
+from .ahead import Ahead
 from .audit import SiteAudit
 from .door import Door, RelayGone
 from .gate import ANSWERS, STATES, Alarm, Gate, KnownJob, task_of
 from .inbox import Inbox
 from .link import Backoff, Link, OpenChannel, Session, calling, dial
 from .log import Log, SiteLog
-from .outbox import Outbox, Parcel
+from .outbox import Desk, Outbox, Parcel
 from .policy import PolicyFile
 from .records import SiteRecords
 from .settings import SiteSettings
@@ -462,18 +463,45 @@ class Agent:
         parcel = await asyncio.to_thread(self.outbox.find, task.run, task.id, base=task.base, site=site)
         if parcel is None:
             base = await self._base(item, known)
-            parcel = await self._do_work(item, lambda: self._trained(item, known, body, base))
+            parcel = await self._made(item, known, body, base)
         if body.secure is not None:
             where = (task.run, task.round, body.secure["attempt"], parcel.frame.digest)
             await asyncio.to_thread(self.gate.records.send_row, *where)
         item.note = "sending the update"
         await self._push(item, known, parcel)
 
-    def _trained(self, item: _Item, known: KnownJob, body: TrainTask, base: Mapping[str, NamedTensors]) -> Parcel:
-        """Train, and put the update on disk if it was dear, or is masked and must not be made twice. Blocks for as long
-        as training takes."""
-        task, began = item.task, time.monotonic()
+    async def _made(self, item: _Item, known: KnownJob, body: TrainTask, base: Mapping[str, NamedTensors]) -> Parcel:
+        """The update, made here. If it is large it is on its way by then; not one that others must not see alone."""
+        task = item.task
         desk = self.outbox.desk(task.run, task.id)
+        if body.secure is not None or task.relay:
+            return await self._do_work(item, lambda: self._trained(item, known, body, base, desk, {}))
+
+        async def leaving(num_bytes: int, chunks: int, digest: str) -> None:
+            await self._leaving(task, digest, "")(num_bytes, chunks)
+
+        ahead = Ahead(self.link, self.log, task, desk, lambda name: _chunk_bytes(known, name), leaving)
+        try:
+            return await self._do_work(item, lambda: self._trained(item, known, body, base, desk, ahead.digests))
+        finally:
+            await ahead.stop()
+
+    def _trained(
+        self,
+        item: _Item,
+        known: KnownJob,
+        body: TrainTask,
+        base: Mapping[str, NamedTensors],
+        desk: Desk,
+        digests: Mapping[int, bytes],
+    ) -> Parcel:
+        """Train, and put the update on disk if it was dear, or is masked and must not be made twice. Blocks for as long
+        as training takes.
+
+        Args:
+            digests: of chunks that were sent meanwhile.
+        """
+        task, began = item.task, time.monotonic()
         try:
             work = self.workshop.train(
                 task.run,
@@ -487,19 +515,17 @@ class Agent:
             if body.secure is not None:
                 work = self.sums.mask(known, task, body, work)
             took = time.monotonic() - began
-            parcel = self._parcel(task, known, work)
+            parcel = self._parcel(task, known, work, digests)
             if (took > self.keep_after_s or body.secure is not None) and not item.withdrawn:
                 self.outbox.keep(task.run, task.id, parcel, desk)
             return parcel
         finally:
             desk.clear()
 
-    def _parcel(self, task: pb.Task, known: KnownJob, work: Work) -> Parcel:
-        layout = next(iter(work.channels.values())).layout
-        # a coded update is read a span at a time, and a chunk is read as a whole
-        chunk_bytes = min(known.chunk_bytes, CODED_CHUNK_BYTES) if CODED in work.channels else known.chunk_bytes
-        plan = plan_for(layout, tuple(Channel(name) for name in work.channels), chunk_bytes)
-        frame = frame_of(work.channels, plan)
+    def _parcel(self, task: pb.Task, known: KnownJob, work: Work, digests: Mapping[int, bytes]) -> Parcel:
+        names = tuple(work.channels)
+        plan = plan_for(work.channels[names[0]].layout, tuple(map(Channel, names)), _chunk_bytes(known, names[0]))
+        frame = frame_of(work.channels, plan, digests)
         manifest = pb.Manifest(
             run=task.run,
             round=task.round,
@@ -524,7 +550,7 @@ class Agent:
             relay = await asyncio.to_thread(self.gate.relay_for, known, task)
             if relay:
                 await self._push_to_relay(item, known, relay, signed, parcel)
-            leaving = self._leaving(task, parcel, "")
+            leaving = self._leaving(task, parcel.frame.digest, "")
             status = await self.transfer.push(signed, parcel, leaving, settling=item.settle, may_be_there=bool(relay))
         except (CommonweightError, OSError):
             await asyncio.to_thread(self.outbox.delete, task.run, task.id)
@@ -539,8 +565,13 @@ class Agent:
             await self._end(item, "failed", reason=f"{status.code}: {status.reason}")
         await asyncio.to_thread(self.outbox.delete, task.run, task.id)
 
-    def _leaving(self, task: pb.Task, parcel: Parcel, to: str) -> Leaving:
-        """What is told before bytes of an update leave. `to`: who gets them; by default the coordinator."""
+    def _leaving(self, task: pb.Task, digest: str, to: str) -> Leaving:
+        """What is told before bytes of an update leave.
+
+        Args:
+            digest: of its frame, or of the chunks.
+            to: who gets them; by default the coordinator.
+        """
 
         async def leaving(num_bytes: int, chunks: int) -> None:
             await asyncio.to_thread(
@@ -550,7 +581,7 @@ class Agent:
                     "update",
                     num_bytes=num_bytes,
                     chunks=chunks,
-                    digest=parcel.frame.digest,
+                    digest=digest,
                     task=task.id,
                     to=to,
                 )
@@ -574,7 +605,7 @@ class Agent:
             patience_s=known.federation.patience_s,
             is_given_up=item.news.is_set,
         )
-        leaving = self._leaving(task, parcel, f"relay {relay} ({address})")
+        leaving = self._leaving(task, parcel.frame.digest, f"relay {relay} ({address})")
         pushing = asyncio.create_task(
             Transfer(door, self.inbox, self.log).push(signed, parcel, leaving, settling=item.settle)
         )
@@ -713,6 +744,12 @@ class Agent:
             await chore
         except (CommonweightError, OSError) as error:
             self.log("trouble", reason=str(error), hint=getattr(error, "hint", ""))
+
+
+def _chunk_bytes(known: KnownJob, channel: str) -> int:
+    """How a run's updates are cut, by the name of their first channel."""
+    # a coded update is read a span at a time, and a chunk is read as a whole
+    return min(known.chunk_bytes, CODED_CHUNK_BYTES) if channel == CODED else known.chunk_bytes
 
 
 async def _cancelled(*tasks: asyncio.Task[Any]) -> None:

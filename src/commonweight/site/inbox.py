@@ -107,6 +107,11 @@ class FrameFile:
             flats[channel][dtype] = buffer[place.offset : stop].view(place.held)
         return {channel: NamedTensors(self.frame.plan.layout, held) for channel, held in flats.items()}
 
+    def begins_as(self, other: FrameFile) -> bool:
+        """Whether each flat begins where it begins in the other file."""
+        theirs = {key: place.offset for key, place in other._places.items()}
+        return all(theirs.get(key) == place.offset for key, place in self._places.items())
+
     def _start(self, piece: Piece) -> int:
         place = self._places[piece.channel, piece.dtype]
         return place.offset + piece.start * place.held.itemsize

@@ -81,7 +81,10 @@ def transfers(channel: grpc.aio.Channel) -> dict[str, Callable[..., Any]]:
     """The methods by which tensors go over a connection. An upload is opened over the one that it is pushed over:
     behind a load balancer another may lead to another replica, which knows nothing of it."""
     federation = stub(channel, FEDERATION)
-    return {**stub(channel, TRANSFER), **{name: federation[name] for name in ("OpenUpload", "OpenPartial")}}
+    return {
+        **stub(channel, TRANSFER),
+        **{name: federation[name] for name in ("OpenAhead", "OpenUpload", "OpenPartial")},
+    }
 
 
 class Backoff:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from ..federation.folder import replacing
 from ..model.tensors import Layout, NamedTensors, in_memory
@@ -46,11 +48,19 @@ class Desk:
 
     Args:
         stem: of the files' names.
+
+    Attributes:
+        finished: large tensors of which a part will not change any more, and their name.
+        stops: up to where, for each of their flats.
+        tell: called when there is more of that.
     """
 
     def __init__(self, stem: Path) -> None:
         self._stem = stem
         self._drafts: dict[str, tuple[FrameFile, NamedTensors]] = {}
+        self.finished: tuple[str, NamedTensors] | None = None
+        self.stops: dict[torch.dtype, int] = {}
+        self.tell: Callable[[], None] = lambda: None
 
     def __call__(self, name: str, layout: Layout, *, wide: bool = False) -> NamedTensors:
         """See `Room`.
@@ -68,6 +78,13 @@ class Desk:
         self._drafts[name] = file, tensors
         return tensors
 
+    def written(self, name: str, dtype: torch.dtype, stop: int) -> None:
+        """See `Room`."""
+        if name in self._drafts:
+            self.finished = name, self._drafts[name][1]
+            self.stops[dtype] = stop
+            self.tell()
+
     def hand_over(self, parcel: Parcel, body: Path) -> bool:
         """Make the file in which a parcel's tensors were made its body, whole and on disk; False: there is no such
         file."""
@@ -76,11 +93,14 @@ class Desk:
             return False
         ((draft, tensors),) = made
         (sent,) = parcel.tensors.values()
-        if any(flat.data_ptr() != tensors.flats[dtype].data_ptr() for dtype, flat in sent.flats.items()):
+        whole = FrameFile(body, parcel.frame)
+        if not whole.begins_as(draft) or any(
+            flat.data_ptr() != tensors.flats[dtype].data_ptr() for dtype, flat in sent.flats.items()
+        ):
             return False
         with replacing(body) as temporary:
             draft.path.replace(temporary)
-            os.truncate(temporary, FrameFile(body, parcel.frame).num_bytes)
+            os.truncate(temporary, whole.num_bytes)
         return True
 
     def clear(self) -> None:

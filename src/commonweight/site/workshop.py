@@ -228,6 +228,9 @@ class RecipeWorkshop:
             shape = bench.shapes.get(self.local_name)
             channels = {"delta": delta if shape is None else shape.own(delta), **done.further}
             _refuse_non_finite(channels)
+            if packer is None and shape is None:
+                for dtype, numel in delta.layout.numels.items():
+                    room.written("delta", dtype, numel)
             files.keep_private_state(task, done.state)
             # the loss of one batch says more of its few rows than a strategy that runs over a network asks for
             done.figures["metrics"].pop("first_loss", None)

@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import overload
 
 import torch
@@ -64,6 +65,8 @@ class Limits:
 
 
 LIMITS = Limits()
+
+NOTHING_KNOWN: Mapping[int, bytes] = MappingProxyType({})
 
 #: what a tensor's entry may hold beside its name
 _ENTRY_BYTES = 256
@@ -288,9 +291,14 @@ def piece_of(tensors: Mapping[str, NamedTensors], piece: Piece) -> memoryview:
     return bytes_of(flat[piece.start : piece.start + piece.numel])
 
 
-def frame_of(tensors: Mapping[str, NamedTensors], plan: Plan) -> Frame:
-    """The frame of tensors in memory: one pass of hashing, nothing copied."""
-    return Frame(plan, Digests.of(chunk_digest(piece_of(tensors, piece)) for piece in plan.pieces))
+def frame_of(tensors: Mapping[str, NamedTensors], plan: Plan, known: Mapping[int, bytes] = NOTHING_KNOWN) -> Frame:
+    """The frame of tensors in memory: one pass of hashing, nothing copied.
+
+    Args:
+        known: digests of chunks that were hashed before, by index.
+    """
+    digests = (known.get(piece.index) or chunk_digest(piece_of(tensors, piece)) for piece in plan.pieces)
+    return Frame(plan, Digests.of(digests))
 
 
 def pack_chunk(index: int, chunk: bytes | memoryview) -> bytes:

@@ -3,7 +3,7 @@
     parse_manifest  the signed bytes → typed values, each within its bounds
     check_frame     do the tensors' names, shapes, dtypes and channels fit the run?
     check_chunk     is this chunk the one that the manifest announced?
-    first_bad       does it hold NaN or infinity?
+    first_bad       does it hold NaN or infinity? (`refuse_non_finite` refuses it)
 
 Whose manifest it is (certificate, signature, cohort) is for the receiver to check: here is only what bytes can say.
 """
@@ -186,6 +186,13 @@ def first_bad(frame: Frame, index: int, chunk: bytes | memoryview) -> str | None
     place = piece.start + int(values.isfinite().logical_not().nonzero()[0])
     entries = (entry for entry in frame.plan.layout.entries if entry.dtype == piece.dtype)
     return next(entry.name for entry in entries if entry.offset <= place < entry.offset + entry.numel)
+
+
+def refuse_non_finite(frame: Frame, index: int, chunk: bytes | memoryview) -> None:
+    """Raises Refused (non-finite): a chunk of the right length holds NaN or infinity; names the tensor."""
+    bad = first_bad(frame, index, chunk)
+    if bad is not None:
+        raise Refused(Refusal.NON_FINITE, f"the update holds NaN or infinity in {bad!r}")
 
 
 def _all_finite(values: Tensor) -> bool:

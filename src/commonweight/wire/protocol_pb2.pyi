@@ -386,9 +386,11 @@ class Task(_message.Message):
     run: _builtins.str
     round: _builtins.int
     kind: _builtins.str
-    """join, train, evaluate, chain, sample; a relay's: join, relay"""
+    """join, train, evaluate, chain, sample; a secure sum's: keys, shares, consent, reveal;"""
     body: _builtins.bytes
-    """JSON, as federation/messages.py has it"""
+    """a relay's: join, relay
+    JSON, as federation/messages.py has it
+    """
     base: _builtins.str
     """hex digest of the frame with the global tensors to start from; empty for join"""
     seconds_left: _builtins.float
@@ -685,6 +687,37 @@ class Manifest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
+
+@_typing.final
+class Ahead(_message.Message):
+    """Chunks of an update will come before its manifest, which is signed when all of it is made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    CHUNK_BYTES_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    round: _builtins.int
+    task: _builtins.str
+    chunk_bytes: _builtins.int
+    """of the update's frame"""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        round: _builtins.int = ...,
+        task: _builtins.str = ...,
+        chunk_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "round", b"round", "run", b"run", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ahead: _TypeAlias = Ahead  # noqa: Y015
 
 @_typing.final
 class SignedManifest(_message.Message):

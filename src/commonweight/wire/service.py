@@ -65,6 +65,7 @@ FEDERATION = _methods(
     {
         "Attend": ("stream_stream", pb.SiteMessage, pb.CoordinatorMessage),
         "GetJob": ("unary_unary", pb.JobRequest, pb.SignedJob),
+        "OpenAhead": ("unary_unary", pb.Ahead, pb.UploadStatus),
         "OpenUpload": ("unary_unary", pb.SignedManifest, pb.UploadStatus),
         "OpenPartial": ("unary_unary", pb.SignedPartial, pb.UploadStatus),
         "Region": ("unary_unary", pb.RegionRequest, pb.RegionReply),

@@ -1,0 +1,129 @@
+"""An update on its way before it is whole: its chunks leave while the rest of them is being made.
+
+    the workshop's thread   makes a stretch of the update, says so (`Desk.written`), makes the next one
+    this, beside it         reads the chunks that are finished, hashes, counts and sends them, one at a time
+
+Nothing depends on it: what did not get through, for whatever reason, is sent when the manifest has been signed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import CommonweightError
+from ..model.tensors import NamedTensors
+from ..wire import protocol_pb2 as pb
+from ..wire.frames import Channel, Piece, Plan, chunk_digest, pack_chunk, piece_of
+from ..wire.service import UPLOAD_KEY
+from .link import calling
+from .log import Log
+from .outbox import Desk
+from .transfer import STALL_S, Way, aside
+
+#: so many bytes are counted at once before they leave, or a chunk if that has more
+_COUNTED_BYTES = 4 << 20
+
+#: (bytes, chunks, their SHA-256 in hex) that are about to leave
+Leaving = Callable[[int, int, str], Awaitable[None]]
+
+
+class Ahead:
+    """Sends what is finished on a desk.
+
+    Args:
+        task: whose update it is.
+        chunk_bytes: of the frame that tensors of a name will have.
+        leaving: told before they are sent how many bytes and chunks are; what it raises ends it.
+    """
+
+    def __init__(
+        self, link: Way, log: Log, task: pb.Task, desk: Desk, chunk_bytes: Callable[[str], int], leaving: Leaving
+    ) -> None:
+        self._link, self._log, self._task, self._desk = link, log, task, desk
+        self._chunk_bytes, self._leaving = chunk_bytes, leaving
+        #: of the chunks that were sent, by index
+        self.digests: dict[int, bytes] = {}
+        self._news = asyncio.Event()
+        self._is_over = False
+        self._loop = asyncio.get_running_loop()
+        desk.tell = self._told
+        self._sending = asyncio.create_task(self._send())
+
+    def _told(self) -> None:
+        """Called by the thread that makes the update."""
+        self._loop.call_soon_threadsafe(self._news.set)
+
+    async def stop(self) -> None:
+        """The update is whole, or given up: send no more than has been counted."""
+        self._desk.tell = lambda: None
+        self._is_over = True
+        self._news.set()
+        await self._sending
+
+    async def _send(self) -> None:
+        try:
+            await self._news.wait()
+            if not self._is_over:
+                await self._pushed()
+        except (CommonweightError, TimeoutError) as error:
+            fields = {"task": self._task.id, "run": self._task.run, "round": self._task.round}
+            self._log("ahead.left", **fields, chunks=len(self.digests), reason=str(error) or type(error).__name__)
+
+    async def _pushed(self) -> None:
+        session, task = await self._link.session(), self._task
+        assert self._desk.finished is not None
+        name, tensors = self._desk.finished
+        plan = Plan(tensors.layout, (Channel(name),), self._chunk_bytes(name))
+        ahead = pb.Ahead(run=task.run, round=task.round, task=task.id, chunk_bytes=plan.chunk_bytes)
+        with calling():
+            status = await session.transfer["OpenAhead"](ahead)
+        if status.state != pb.UploadStatus.OPEN:
+            return
+        call = session.transfer["Push"](metadata=((UPLOAD_KEY, status.upload),))
+        try:
+            sent: dict[torch.dtype, int] = {}
+            while not self._is_over:
+                self._news.clear()
+                pieces = self._finished(plan, sent)
+                if not pieces:
+                    await self._news.wait()
+                elif not await self._batch(call, {name: tensors}, pieces):
+                    return
+            with calling():
+                if not call.done():
+                    await call.done_writing()
+                await call
+        finally:
+            call.cancel()
+
+    def _finished(self, plan: Plan, sent: dict[torch.dtype, int]) -> list[Piece]:
+        """Chunks that were not sent and will not change any more, as many as are counted at once."""
+        (channel,) = plan.channels
+        for dtype, stop in list(self._desk.stops.items()):
+            start = sent.get(dtype, 0)
+            found = plan.pieces.over(channel.name, dtype, start, stop)[: max(1, _COUNTED_BYTES // plan.chunk_bytes)]
+            whole = [piece for piece in found if piece.start + piece.numel <= stop]
+            if whole:
+                sent[dtype] = whole[-1].start + whole[-1].numel
+                return whole
+        return []
+
+    async def _batch(self, call: Any, tensors: Mapping[str, NamedTensors], pieces: Sequence[Piece]) -> bool:
+        """Send some chunks; False: the coordinator takes no more."""
+        size = sum(piece.num_bytes for piece in pieces)
+        digests = await aside(size, lambda: [chunk_digest(piece_of(tensors, piece)) for piece in pieces])
+        await self._leaving(size, len(pieces), hashlib.sha256(b"".join(digests)).hexdigest())
+        for piece, digest in zip(pieces, digests, strict=True):
+            message = await aside(piece.num_bytes, pack_chunk, piece.index, piece_of(tensors, piece))
+            if call.done():
+                return False
+            async with asyncio.timeout(STALL_S):
+                with calling():
+                    await call.write(message)
+            self.digests[piece.index] = digest
+        return True
