@@ -6,7 +6,8 @@ A random Llama with LoRA on all linear layers, one thread, a batch of B examples
 process of its own; a step is the gradient of a batch, for private ones with clipping, the sum and the noise.
 
     plain        the mean loss's gradient
-    hooks        what runs do (`train/per_example.py`)
+    private      what runs do (`train/per_example.py`)
+    hooks        opacus's hooks, which take down the same
     functorch    opacus's other way to gradients of single examples: each layer's gradient, vectorised
     ghost        opacus's ghost clipping: norms without these gradients, then a second backward pass
 
@@ -28,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-MODES = ("plain", "hooks", "functorch", "ghost")
+MODES = ("plain", "private", "hooks", "functorch", "ghost")
 BOUND, STEPS = 0.5, 5
 
 
@@ -69,7 +70,6 @@ def _memory_mib(field: str) -> float:
 
 def _step(setting: Setting) -> Callable[[], None]:
     import torch
-    from opacus.grad_sample import GradSampleHooks
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,7 +77,7 @@ def _step(setting: Setting) -> Callable[[], None]:
     from commonweight.privacy.example_level import NoisySteps
     from commonweight.train import batches
     from commonweight.train.loss import LanguageModel, backward
-    from commonweight.train.per_example import ExampleGradients
+    from commonweight.train.per_example import example_gradients
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -109,17 +109,49 @@ def _step(setting: Setting) -> Callable[[], None]:
     noise = NoisySteps(BOUND, 1.0, 0.1, float(setting.batch), bytes(32))
     if setting.mode == "ghost":
         return _ghost(language_model, trainables, micro_batches, noise)
-    GradSampleHooks(model, loss_reduction="sum", force_functorch=setting.mode == "functorch")
-    examples = ExampleGradients(language_model, trainables)
+    if setting.mode in ("hooks", "functorch"):
+        return _opacus(language_model, trainables, micro_batches, noise, functorch=setting.mode == "functorch")
 
     def private() -> None:
         trainables.zero_gradients()
-        for batch in micro_batches():
-            examples.add_clipped(batch, backward, BOUND)
-        trainables.gradients.copy_(noise.release(examples.total, 0))
-        examples.forget()
+        with example_gradients(language_model, trainables) as examples:
+            for units in batches.unit_batches(tokens, rows, setting.micro, torch.device("cpu")):
+                examples.add_clipped(units, backward, BOUND)
+            trainables.gradients.copy_(noise.release(examples.total, 0))
 
     return private
+
+
+def _opacus(
+    language_model: Any, trainables: Any, micro_batches: Any, noise: Any, *, functorch: bool
+) -> Callable[[], None]:
+    """The same by opacus's gradients of single examples, a row each."""
+    import torch
+    from opacus.grad_sample import GradSampleHooks
+
+    from commonweight.model.tensors import NamedTensors
+    from commonweight.train.loss import backward
+
+    GradSampleHooks(language_model.model, loss_reduction="sum", force_functorch=functorch)
+    parameters = {name: p for name, p in language_model.model.named_parameters() if p.requires_grad}
+    total = NamedTensors.zeros(trainables.values.layout, wide=True)
+
+    def step() -> None:
+        trainables.zero_gradients()
+        for batch in micro_batches():
+            counts = batch.labelled[:, 1:].sum(1)
+            backward(language_model, batch, counts.double().reciprocal().repeat_interleave(counts))
+            found = {name: parameter.grad_sample for name, parameter in parameters.items()}
+            norms = torch.stack([g.flatten(1).norm(dim=1) for g in found.values()]).norm(dim=0)
+            scales = (BOUND / norms).clamp(max=1.0)
+            for name, parameter in parameters.items():
+                total[name].add_(torch.tensordot(scales, found[name], dims=1))
+                parameter.grad_sample = None
+        trainables.gradients.copy_(noise.release(total, 0))
+        for flat in total.flats.values():
+            flat.zero_()
+
+    return step
 
 
 def _ghost(language_model: Any, trainables: Any, micro_batches: Any, noise: Any) -> Callable[[], None]:

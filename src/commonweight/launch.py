@@ -123,7 +123,7 @@ def _run(
         events.emit("loaded", sites=list(sites.names)[:100], num_sites=len(sites.names), layout=layout, seconds=seconds)
         if parts:
             events.emit("parts", sites=parts)
-        if recipe.privacy.dp == "example":
+        if recipe.privacy.noisy_steps:
             bench.secret = NoiseSecret(folder.path)
             bench.secret.make()
         trained = _train(bench, sites, clock, folder, journal, events, charges)

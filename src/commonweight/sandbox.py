@@ -83,7 +83,11 @@ def partitioned(recipe: Recipe, sites: int | None = None) -> tuple[Recipe, dict[
             f"there is no {recipe.data.path}", hint="a site's rows are in a file or a folder: set data.path to one"
         )
     found, _ = load_sites(
-        recipe.data, seed=recipe.seed, tokenizer=load_tokenizer(recipe.model), max_tokens=recipe.training.max_tokens
+        recipe.data,
+        seed=recipe.seed,
+        tokenizer=load_tokenizer(recipe.model),
+        max_tokens=recipe.training.max_tokens,
+        owner=recipe.privacy.by,
     )
     names = [site.name for site in found]
     if sites is not None and len(names) != sites:

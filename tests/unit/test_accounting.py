@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -181,3 +182,45 @@ def test_targets_that_cannot_be_are_refused() -> None:
         noise_multiplier(1, 1e-5, count=0)
     with pytest.raises(RecipeError, match="sampling"):
         noise_multiplier(1, 1e-5, count=1, sampling=2)
+
+
+@pytest.mark.parametrize(("z", "q"), [(1.2, 0.05), (0.9, 0.4), (3.0, 0.2)])
+def test_a_unit_that_is_replaced_costs_what_no_pair_of_gradients_exceeds(z: float, q: float) -> None:
+    """Independently: δ(ε) between the two mixtures on the line, by numerical integration, for gradients a and b."""
+    x = np.linspace(-20 * z, 20 * z, 40_001)
+
+    def mixture(a: float) -> np.ndarray:
+        normal = lambda mean: np.exp(-((x - mean) ** 2) / (2 * z * z)) / (z * math.sqrt(2 * math.pi))  # noqa: E731
+        return (1 - q) * normal(0.0) + q * normal(a)
+
+    for delta in (1e-3, 1e-5):
+        stated = epsilon_of_all([Releases(z, 1, q, replaced=True)], delta)
+        for a, b in ((1.0, -1.0), (-1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (1.0, 0.3)):
+            true = np.trapezoid(np.maximum(mixture(a) - math.exp(stated) * mixture(b), 0), x)
+            assert true <= delta * (1 + 1e-6), (a, b)
+        assert epsilon(Releases(z, 1, q), delta) < stated
+
+
+def test_a_unit_that_is_replaced_in_every_release_is_as_with_half_the_noise() -> None:
+    both = [Releases(4.0, 3, replaced=True), Releases(2.0, 5)]
+    assert epsilon_of_all(both, 1e-5) == pytest.approx(epsilon(Releases(2.0, 8), 1e-5), rel=1e-12)
+
+
+@pytest.mark.parametrize("q", [0.02, 0.3])
+def test_replacing_over_many_releases_costs_no_less_than_the_worst_known_pair(q: float) -> None:
+    """Gradients C and −C, whose mixtures are composed on a grid of losses by FFT, rounded down."""
+    z, count, delta, step = 2.0, 30, 1e-4, 2e-4
+    x = np.linspace(-30 * z, 30 * z, 600_001)
+    normal = lambda mean: np.exp(-((x - mean) ** 2) / (2 * z * z)) / (z * math.sqrt(2 * math.pi))  # noqa: E731
+    P, Q = ((1 - q) * normal(0.0) + q * normal(a) for a in (1.0, -1.0))
+    mass = P * (x[1] - x[0])
+    kept = mass > 1e-25
+    losses = np.floor(np.log(P[kept] / Q[kept]) / step).astype(int)
+    size = 1 << 20
+    pmf = np.bincount((losses + size // 2) % size, weights=mass[kept], minlength=size)
+    spectrum = np.fft.rfft(np.roll(pmf, -size // 2)) ** count
+    total = np.roll(np.fft.irfft(spectrum, size), size // 2)
+    grid = (np.arange(size) - size // 2) * step
+    stated = epsilon_of_all([Releases(z, count, q, replaced=True)], delta)
+    above = grid > stated
+    assert float((total[above] * -np.expm1(stated - grid[above])).sum()) <= delta * (1 + 1e-3)

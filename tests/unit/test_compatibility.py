@@ -61,7 +61,7 @@ ASKED: dict[str, tuple[Change, bool, str, Change]] = {
         use("fedavg"),
     ),
     "differential privacy of sites": (private, False, "fedavg", use("fedavg")),
-    "differential privacy of examples": (private_examples, False, "fedavg", use("fedavg")),
+    "differential privacy of examples, groups": (private_examples, False, "fedavg", use("fedavg")),
     "personal parts": (
         lambda values: values["federation"].update(personal=["layers.1"]),
         False,

@@ -78,18 +78,20 @@ def alone(participant: Participant, tokens: Tokens, example: int) -> dict[str, t
 
 
 LENGTHS = (12, 4, 9, 20, 7)
+#: as a forward pass takes them: the longest first
+IN_ORDER = [3, 0, 2, 4, 1]
 
 
 def test_gradients_of_a_padded_batch_are_those_that_each_example_has_alone(participant: Participant) -> None:
     tokens = some_tokens(LENGTHS)
-    batch = batches.collate(tokens, [[k] for k in range(len(LENGTHS))], CPU)
+    (batch,) = batches.unit_batches(tokens, [[k] for k in IN_ORDER], len(LENGTHS), CPU)
     participant.language_model.model.train()
     with example_gradients(participant.language_model, participant.trainables) as examples:
         found, nats = examples.take(batch, backward)
     assert nats > 0
     for example in range(len(LENGTHS)):
         for name, expected in alone(participant, tokens, example).items():
-            error = torch.linalg.vector_norm(found[name][example] - expected)
+            error = torch.linalg.vector_norm(found[name][IN_ORDER.index(example)] - expected)
             assert error <= 1e-6 * torch.linalg.vector_norm(expected), (example, name)
 
 
@@ -98,7 +100,6 @@ def test_the_hooks_are_gone_afterwards(participant: Participant) -> None:
     with example_gradients(participant.language_model, participant.trainables):
         pass
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
-    assert not any(hasattr(parameter, "grad_sample") for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("bound", [1e-3, 0.5, 1e6])
@@ -109,7 +110,8 @@ def test_clipped_gradients_are_no_longer_than_the_bound(participant: Participant
     with example_gradients(participant.language_model, participant.trainables) as examples:
         for example in range(len(LENGTHS)):
             examples.forget()
-            examples.add_clipped(batches.collate(tokens, [[example]], CPU), backward, bound)
+            (one,) = batches.unit_batches(tokens, [[example]], 1, CPU)
+            examples.add_clipped(one, backward, bound)
             whole = math.hypot(*(float(g.norm()) for g in alone(participant, tokens, example).values()))
             assert l2_norm(examples.total) <= bound * (1 + 1e-6)
             assert l2_norm(examples.total) == pytest.approx(min(whole, bound), rel=1e-6)
@@ -129,10 +131,41 @@ def test_a_sum_of_clipped_gradients_does_not_depend_on_how_the_batch_is_cut(
     participant.language_model.model.train()
     with example_gradients(participant.language_model, participant.trainables) as examples:
         rows = [[k] for k in range(len(LENGTHS))]
-        for batch in batches.micro_batches(tokens, rows, micro, CPU):
+        for batch in batches.unit_batches(tokens, rows, micro, CPU):
             examples.add_clipped(batch, backward, bound)
     for name, tensor in expected.items():
         torch.testing.assert_close(examples.total[name], tensor, rtol=1e-9, atol=1e-12)
+
+
+GROUPS = [[1, 4], [3], [0, 2]]
+
+
+def of_groups(participant: Participant, tokens: Tokens, groups: list[list[int]], bound: float) -> dict[str, Any]:
+    """Σ over groups of the mean of its examples' gradients, clipped as one, by torch alone."""
+    total: dict[str, Any] = {name: torch.zeros_like(tensor) for name, tensor in participant.trainables.values.items()}
+    for group in groups:
+        rows = [alone(participant, tokens, example) for example in group]
+        mean = {name: sum(row[name] for row in rows) / len(rows) for name in total}
+        scale = min(1.0, bound / math.hypot(*(float(g.norm()) for g in mean.values())))
+        for name, tensor in mean.items():
+            total[name] += scale * tensor
+    return total
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 5])
+def test_a_groups_gradient_is_the_mean_of_its_rows_and_clipped_as_one(participant: Participant, micro: int) -> None:
+    """Also where a forward pass ends in the middle of a group, or one is longer than a pass."""
+    tokens = some_tokens(LENGTHS)
+    for groups in (GROUPS, [[0, 1, 2, 3, 4]], [[0, 1, 3, 4], [2]]):
+        participant.language_model.model.train()
+        with example_gradients(participant.language_model, participant.trainables) as examples:
+            for batch in batches.unit_batches(tokens, groups, micro, CPU):
+                assert len(batch.batch.ids) <= micro
+                examples.add_clipped(batch, backward, 0.3)
+        for name, tensor in of_groups(participant, tokens, groups, 0.3).items():
+            # Llama's norms are in float32, whatever the weights
+            error = torch.linalg.vector_norm(examples.total[name] - tensor)
+            assert error <= 1e-6 * torch.linalg.vector_norm(tensor), (groups, name)
 
 
 def test_an_example_whose_gradient_is_not_finite_counts_as_none(participant: Participant) -> None:
@@ -147,7 +180,8 @@ def test_an_example_whose_gradient_is_not_finite_counts_as_none(participant: Par
     with example_gradients(participant.language_model, participant.trainables) as examples:
         for rows, use in (([[0], [1]], broken), ([[0]], backward)):
             examples.forget()
-            examples.add_clipped(batches.collate(tokens, rows, CPU), use, 1.0)
+            (both,) = batches.unit_batches(tokens, rows, 2, CPU)
+            examples.add_clipped(both, use, 1.0)
             sums.append(examples.total.clone())
     assert l2_norm(sums[0]) > 0
     for name, tensor in sums[1].items():
@@ -155,15 +189,15 @@ def test_an_example_whose_gradient_is_not_finite_counts_as_none(participant: Par
 
 
 class Still:
-    """Privacy without noise: the first examples, as many as are asked for, and the sum as it is."""
+    """Privacy without noise: in each step the units that it is given, and the sum as it is."""
 
     bound, seed = 0.7, 3
 
-    def __init__(self, counts: tuple[int, ...]) -> None:
-        self.counts = counts
+    def __init__(self, *units: list[list[int]]) -> None:
+        self.units = units
 
-    def drawn(self, step: int, num_examples: int) -> list[int]:
-        return list(range(self.counts[step]))
+    def drawn(self, step: int) -> list[list[int]]:
+        return self.units[step]
 
     def release(self, total: NamedTensors, step: int) -> NamedTensors:
         return total
@@ -177,12 +211,12 @@ def work(tokens: Tokens, privacy: Any, steps: int, **training: Any) -> LocalWork
 def test_an_empty_batch_is_a_step_of_noise_alone(participant: Participant) -> None:
     tokens = some_tokens(LENGTHS)
     before = participant.trainables.values.clone()
-    result = SupervisedFineTuning().work(participant, work(tokens, Still((0,)), 1))
+    result = SupervisedFineTuning().work(participant, work(tokens, Still([]), 1))
     assert (result.num_steps, result.num_examples) == (1, 0)
     for name, tensor in before.items():
         assert torch.equal(participant.trainables.values[name], tensor)
 
-    noisy = NoisySteps(bound=1.0, noise_multiplier=0.3, sampling=1e-9, expected=2.0, key=KEY)
+    noisy = NoisySteps(bound=1.0, noise_multiplier=0.3, sampling=1e-9, expected=2.0, key=KEY, units=[[0], [1]])
     SupervisedFineTuning().work(participant, work(tokens, noisy, 1))
     moved = torch.cat([(participant.trainables.values[n] - t).flatten() for n, t in before.items()])
     assert float(moved.std()) == pytest.approx(0.5 * 0.3 / 2, rel=0.1)  # lr·zC/(qn)
@@ -198,7 +232,7 @@ def test_a_private_step_is_the_sum_over_what_was_drawn(participant: Participant)
         scale = min(1.0, 0.7 / math.hypot(*(float(g.norm()) for g in gradient.values())))
         for name, tensor in gradient.items():
             expected[name] += scale * tensor
-    SupervisedFineTuning().work(participant, work(tokens, Still((3,)), 1, clip_norm=1e-3))
+    SupervisedFineTuning().work(participant, work(tokens, Still([[0], [1], [2]]), 1, clip_norm=1e-3))
     for name, tensor in before.items():
         torch.testing.assert_close(
             participant.trainables.values[name], tensor - 0.5 * expected[name], rtol=1e-6, atol=1e-9
@@ -228,10 +262,11 @@ def test_a_steps_noise_is_its_own_and_comes_again() -> None:
 
 def test_every_example_is_drawn_as_often_as_it_should_be() -> None:
     """Poisson's: each by itself with probability q. 4,000 steps of 50 examples; bounds of 5 standard deviations."""
-    private, rounds, examples, q = steps(), 4000, 50, 0.2
+    rounds, examples, q = 4000, 50, 0.2
+    private = steps(units=[[k] for k in range(examples)])
     drawn = np.zeros((rounds, examples))
     for step in range(rounds):
-        drawn[step, private.drawn(step, examples)] = 1
+        drawn[step, [k for (k,) in private.drawn(step)]] = 1
     sigma = math.sqrt(q * (1 - q) / rounds)
     assert abs(drawn.mean(0) - q).max() < 5 * sigma
     sizes = drawn.sum(1)
@@ -240,6 +275,25 @@ def test_every_example_is_drawn_as_often_as_it_should_be() -> None:
     together = np.corrcoef(drawn[:, :8].T) - np.eye(8)
     assert abs(together).max() < 5 / math.sqrt(rounds)
     assert len(set(sizes)) > 10
+
+
+def test_groups_are_drawn_as_one_and_their_rows_evenly() -> None:
+    """2,000 steps; bounds of 5 standard deviations."""
+    groups, rounds, q = [[0], [1, 2, 3, 4, 5], [6, 7], [8, 9, 10]], 2000, 0.3
+    private = steps(units=groups, rows=2, sampling=q)
+    times, together = np.zeros(11), np.zeros((11, 11))
+    for step in range(rounds):
+        drawn = private.drawn(step)
+        assert drawn == private.drawn(step)
+        for unit in drawn:
+            (group,) = [group for group in groups if set(unit) <= set(group)]
+            assert len(unit) == min(2, len(group))
+            times[unit] += 1
+            together[np.ix_(unit, unit)] += 1
+    expected = np.array([q * min(2, len(g)) / len(g) for g in groups for _ in g])
+    assert abs(times / rounds - expected).max() < 5 * math.sqrt(q * (1 - q) / rounds)
+    pairs = together[np.ix_(groups[1], groups[1])][np.triu_indices(5, 1)] / rounds  # ten pairs, all alike
+    assert abs(pairs - q / 10).max() < 5 * math.sqrt(q / 10 / rounds)
 
 
 def test_coins_of_chance_one_are_all_heads() -> None:
@@ -261,7 +315,7 @@ def test_a_sites_noise_is_calibrated_to_its_own_size() -> None:
 
     sizes = {"large": 400, "small": 40, "tiny": 4}
     found = {
-        name: planned_steps(examples=n, batch_size=8, steps=5, rounds=4, delta=1e-5, epsilon=0.5)
+        name: planned_steps(units=n, batch_size=8, steps=5, rounds=4, delta=1e-5, epsilon=0.5)
         for name, n in sizes.items()
     }
     assert [found[name].sampling for name in sizes] == [0.02, 0.2, 1.0]
@@ -308,7 +362,7 @@ def test_no_more_steps_are_taken_than_were_planned_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lora", "why"),
     [
-        ({"use_dora": True}, "TypeError"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding"),
         ({"target_modules": ["q_proj", "lm_head"]}, "the output layer is trained"),
     ],

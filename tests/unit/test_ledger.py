@@ -53,6 +53,32 @@ def test_an_examples_update_is_replaced_where_a_sites_is_left_out() -> None:
     assert cost([SITE, ROWS, SITE, SITE], "example", 1e-5) == pytest.approx(both, rel=1e-9)
 
 
+def test_what_a_run_that_protects_groups_costs() -> None:
+    """A row more or fewer leaves its group where it is: its gradient is replaced, and no longer away from another than
+    twice the bound."""
+    patients = Spend("group by patient", "noisy steps", 4.0, sampling=0.05, count=20)
+    assert cost([patients], "group by patient", 1e-5) == pytest.approx(epsilon(Releases(4.0, 20, 0.05), 1e-5), rel=1e-9)
+    for unit in ("site", "group by doctor"):
+        assert cost([patients], unit, 1e-5) == math.inf
+    of_examples = cost([patients], "example", 1e-5)
+    # more than with half the noise on examples that come and go; less than if every group were in every step
+    assert epsilon(Releases(2.0, 20, 0.05), 1e-5) < of_examples < epsilon(Releases(2.0, 20), 1e-5)
+    assert cost([patients, SITE], "example", 1e-5) > of_examples
+    assert cost([ROWS], "group by patient", 1e-5) == cost([UNPROTECTED], "group by patient", 1e-5) == math.inf
+    assert cost([SITE] * 3, "group by patient", 1e-5) == pytest.approx(epsilon(Releases(2.0, 3), 1e-5), rel=1e-12)
+    assert patients.adjacency == "one patient of a site, with all of its rows, more or fewer"
+
+
+def test_a_budget_of_groups_names_their_field() -> None:
+    patients = Budget(unit="group", by="patient", epsilon=1.0, delta=1e-5)
+    assert patients.protects == "group by patient"
+    more = Spend("group by patient", "noisy steps", 0.5, count=3)
+    assert "for each patient over all runs; 0.000 is spent" in patients.excess([], more)
+    for wrong in ({"unit": "group"}, {"unit": "site", "by": "patient"}):
+        with pytest.raises(ValueError, match="unit: group needs `by`"):
+            Budget.model_validate({**wrong, "epsilon": 1.0, "delta": 1e-5})
+
+
 def test_what_is_not_protected_costs_everything() -> None:
     assert cost([SITE, UNPROTECTED], "site", 1e-5) == cost([UNPROTECTED], "example", 1e-5) == math.inf
     assert cost([ROWS], "site", 1e-5) == math.inf
@@ -120,7 +146,7 @@ def file(tmp_path: Path) -> Iterator[LedgerFile]:
 
 def test_a_round_is_charged_once_and_only_within_the_budget(file: LedgerFile) -> None:
     limit = epsilon(Releases(4.0, 3), 1e-5)
-    file.set_budget(limit, 1e-5, "site")
+    file.set_budget(budget(limit))
     for _ in range(2):
         file.charge("a", "first", 1, {"north": SITE, "south": SITE})
         file.charge("a", "first", 2, {"north": SITE})
@@ -154,7 +180,7 @@ def test_a_run_that_was_calibrated_to_the_budget_fits_it(target: float, rounds: 
 def test_runs_at_the_same_time_do_not_overspend(tmp_path: Path) -> None:
     path, limit = tmp_path / "ledger", epsilon(Releases(4.0, 10), 1e-5)
     with LedgerFile(path) as file:
-        file.set_budget(limit, 1e-5, "site")
+        file.set_budget(budget(limit))
 
     def spend(run: str) -> int:
         done = 0
@@ -231,11 +257,11 @@ def test_a_run_without_privacy_spends_everything(make_recipe: MakeRecipe, tmp_pa
     assert "∞" in shown
     assert "none" in shown
     with LedgerFile(ledger) as file:
-        file.set_budget(50.0, 1e-5, "site")
+        file.set_budget(budget(50.0))
     with pytest.raises(BudgetError, match="∞ is spent"):
         run(private(make_recipe), tmp_path / "two", ledger=ledger)
     with LedgerFile(tmp_path / "fresh") as file:
-        file.set_budget(50.0, 1e-5, "site")
+        file.set_budget(budget(50.0))
     asynchronous = {"rounds": 2, "strategy": {"name": "fedbuff", "buffer": 2}, "clock": {"slowest": 1, "fastest": 3}}
     for name, federation in (("three", {}), ("four", asynchronous)):
         with pytest.raises(BudgetError, match="would make it ∞"):
@@ -277,7 +303,7 @@ def test_a_kill_never_charges_twice_or_not_at_all(
     """The budget is exactly what the run needs: whoever counted anything twice would be refused."""
     recipe, ledger = private(make_recipe), tmp_path / "ledger"
     with LedgerFile(ledger) as file:
-        file.set_budget(epsilon(Releases(0.3, 2), 1e-5), 1e-5, "site")
+        file.set_budget(budget(epsilon(Releases(0.3, 2), 1e-5)))
     with pytest.MonkeyPatch.context() as patched:
         dies(owner, method, nth, before=before, patched=patched)
         with pytest.raises(Killed):

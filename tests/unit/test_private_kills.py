@@ -15,6 +15,7 @@ import torch
 
 from commonweight.federation.ledger_file import LedgerFile
 from commonweight.privacy.accounting import Releases, epsilon
+from commonweight.privacy.spending import Budget
 from commonweight.recipe import Recipe
 from tests.processes import Death, Nursery
 from tests.unit.test_private_runs import PRIVATE, private, theta_of
@@ -68,7 +69,7 @@ def test_every_step_of_a_private_round_may_be_the_last(
     recipe = private(make_recipe, federation=federation, privacy=privacy, training={"steps": 1})
     folder, ledger, twin = tmp_path / "run", tmp_path / "ledger", tmp_path / "twin"
     with LedgerFile(ledger) as file:  # just what the run needs: whoever pays twice is refused
-        file.set_budget(epsilon(Releases(0.3, 1 if apart else 2), 1e-5), 1e-5, "site")
+        file.set_budget(Budget(unit="site", epsilon=epsilon(Releases(0.3, 1 if apart else 2), 1e-5), delta=1e-5))
 
     def live(where: Path, book: Path, death: Death | None) -> None:
         begun = (where / "state.sqlite").exists()

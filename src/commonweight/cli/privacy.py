@@ -26,7 +26,7 @@ NOT_COVERED = (
     "that sites send beside their updates (whether they answered, numbers of examples and steps, training losses, "
     "scores on held-out rows); control arms."
 )
-NOT_COVERED_OF_EXAMPLES = (
+NOT_COVERED_OF_STEPS = (
     "Not covered by ε: how many rows and tokens a site says that it has; the held-out rows, whose scores it sends; "
     "control arms, which train without noise."
 )
@@ -62,13 +62,22 @@ def plan(
             metavar="N",
         ),
     ] = None,
+    groups: Annotated[
+        int | None,
+        typer.Option(
+            "--groups",
+            min=1,
+            help="Privacy of groups: plan for a site with so many groups (patients …) to train on.",
+            metavar="N",
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Say what a recipe's privacy will cost, before it runs."""
     begin(json)
     from ..federation.private_rounds import UNIT, band_of, participations, planned_noise, sampling
     from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp
-    from ..privacy.spending import ADJACENCY
+    from ..privacy.spending import adjacency
     from ..recipe.compatibility import secure_sums
     from ..recipe.load import check_methods, load_recipe
 
@@ -83,17 +92,19 @@ def plan(
         if json:
             print_json(dict.fromkeys(_PLAN_KEYS) | {"dp": "none", "rounds": rounds} | sums)
         else:
-            say(f"{recipe}: differential privacy is off: ε = ∞. Set privacy.dp to example or site to bound it.")
+            say(f"{recipe}: differential privacy is off: ε = ∞. Set privacy.dp to example, group or site to bound it.")
             say(f"  secure sums           {told} (over a network)")
         return
-    if spec.dp == "example":
-        _plan_examples(str(recipe), loaded, examples, sums, told, json)
+    size = {"example": examples, "group": groups}
+    for unit, given in size.items():
+        if given is not None and unit != spec.dp:
+            raise RecipeError(
+                f"--{unit}s says how large a site is, which does not count with privacy.dp {spec.dp}",
+                hint=f"leave it out, or set privacy.dp: {unit}",
+            )
+    if spec.noisy_steps:
+        _plan_steps(str(recipe), loaded, size[spec.dp], sums, told, json)
         return
-    if examples is not None:
-        raise RecipeError(
-            f"--examples says how large a site is, which does not count with privacy.dp {spec.dp}",
-            hint="leave it out, or set privacy.dp: example",
-        )
     assert spec.delta is not None
     z = planned_noise(loaded)
     times = participations(loaded)
@@ -103,7 +114,7 @@ def plan(
     mechanism = spec.mechanism.name
     correlated = mechanism != "gaussian"
     if json:
-        known = (spec.dp, rounds, UNIT, ADJACENCY[UNIT], mechanism, sampling(loaded), times, spec.clip, z, spec.delta)
+        known = (spec.dp, rounds, UNIT, adjacency(UNIT), mechanism, sampling(loaded), times, spec.clip, z, spec.delta)
         costs = (_finite(each[-1]), _finite(rdp), [_finite(value) for value in each])
         print_json(dict(zip(_PLAN_KEYS, (*known, *costs), strict=True)) | sums)
         return
@@ -116,7 +127,7 @@ def plan(
     say(f"  clipping norm C       {spec.clip:g}{follows}")
     say(f"  releases              {rounds}, one a round")
     say(f"  ε at δ = {spec.delta:g}        {_text(each[-1])} (by Rényi divergences {_text(rdp)})")
-    say(f"  neighbouring data     {ADJACENCY[UNIT]}")
+    say(f"  neighbouring data     {adjacency(UNIT)}")
     say(f"  sampling              {sampling(loaded)}")
     if correlated:
         from ..privacy.toeplitz import optimised, rmse
@@ -130,28 +141,28 @@ def plan(
     say(NOT_COVERED)
 
 
-def _plan_examples(
-    name: str, recipe: Recipe, examples: int | None, sums: Mapping[str, Any], told: str, json: bool
-) -> None:
-    """The same of each site's examples; sites differ in what their size lets them claim.
+def _plan_steps(name: str, recipe: Recipe, size: int | None, sums: Mapping[str, Any], told: str, json: bool) -> None:
+    """The same of each site's examples or groups; sites differ in what their size lets them claim.
 
     Args:
+        size: of a site that is planned for, in these; None: of those in the recipe's data.
         sums, told: whether the coordinator learns sums alone, as plain data and in words.
     """
     from ..federation.private_rounds import planned_round
     from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp, epsilons
     from ..privacy.example_level import SAMPLING
-    from ..privacy.spending import ADJACENCY
+    from ..privacy.spending import adjacency, unit_of
     from ..train.batches import num_steps
 
     spec, rounds = recipe.privacy, recipe.federation.rounds
     assert spec.delta is not None
     assert spec.clip is not None
-    sizes = _sizes(recipe) if examples is None else {f"a site of {examples} examples": examples}
+    neighbours, unit = adjacency(unit_of(spec)), spec.by or spec.dp
+    sizes = _sizes(recipe) if size is None else {f"a site of {size} {spec.dp}s": size}
     planned: dict[str, Releases] = {}
-    for site, size in sizes.items():
-        steps = recipe.training.steps_within_budget(site, num_steps(recipe.training, size))
-        planned[site] = planned_round(recipe, examples=size, steps=steps)
+    for site, num in sizes.items():
+        steps = recipe.training.steps_within_budget(site, num_steps(recipe.training, num))
+        planned[site] = planned_round(recipe, units=num, steps=steps)
     whole = {s: Releases(one.noise_multiplier, one.count * rounds, one.sampling) for s, one in planned.items()}
     costs = {one: epsilon(one, spec.delta) for one in set(whole.values())}
     worst = max(whole, key=lambda site: costs[whole[site]])
@@ -160,9 +171,9 @@ def _plan_examples(
         known: dict[str, Any] = {
             "dp": spec.dp,
             "rounds": rounds,
-            "unit": spec.dp,
-            "adjacency": ADJACENCY[spec.dp],
-            "sampling": SAMPLING,
+            "unit": unit_of(spec),
+            "adjacency": neighbours,
+            "sampling": SAMPLING.format(unit=spec.dp),
             "clip": spec.clip,
             "noise_multiplier": planned[worst].noise_multiplier,
             "delta": spec.delta,
@@ -172,7 +183,7 @@ def _plan_examples(
         }
         sites = {
             site: {
-                "examples": sizes[site],
+                f"{spec.dp}s": sizes[site],
                 "sampling": one.sampling,
                 "steps": one.count,
                 "noise_multiplier": one.noise_multiplier,
@@ -182,12 +193,14 @@ def _plan_examples(
         }
         print_json({**dict.fromkeys(_PLAN_KEYS), **known, **sums, "sites": sites})
         return
-    say(f"{name}: differential privacy of each example")
-    say(f"  clipping norm C       {spec.clip:g}, of each example's gradient")
+    say(f"{name}: differential privacy of each {unit}")
+    say(f"  clipping norm C       {spec.clip:g}, of each {unit}'s gradient")
+    if spec.dp == "group":
+        say(f"  rows of a group       {spec.rows_of_unit} a step, at most")
     say(f"  releases              every optimizer step, in each of {rounds} rounds")
     say(f"  δ                     {spec.delta:g}")
-    say(f"  neighbouring data     {ADJACENCY[spec.dp]}")
-    say(f"  sampling              {SAMPLING}")
+    say(f"  neighbouring data     {neighbours}")
+    say(f"  sampling              {SAMPLING.format(unit=spec.dp)}")
     say(f"  secure sums           {told} (over a network)")
     say("")
     rows = [
@@ -202,27 +215,33 @@ def _plan_examples(
         )
         for site, one in planned.items()
     ]
-    columns = ("site", "examples", "sampling", "steps a round", "z", "σ of a sum", "ε of all rounds")
+    columns = ("site", f"{spec.dp}s", "sampling", "steps a round", "z", "σ of a sum", "ε of all rounds")
     table(columns, rows[:_SITES_SHOWN], right=(1, 2, 3, 4, 5, 6))
     if len(rows) > _SITES_SHOWN:
         say(f"and {len(rows) - _SITES_SHOWN} more (--json lists all)")
     say("")
     say(f"{worst}, which pays most: ε = {_text(each[-1])} (by Rényi divergences {_text(rdp)})")
     table(("after round", "ε"), [(str(k), _text(each[k - 1])) for k in _some(rounds)], right=(0, 1))
-    say(NOT_COVERED_OF_EXAMPLES)
+    say(NOT_COVERED_OF_STEPS)
 
 
 def _sizes(recipe: Recipe) -> dict[str, int]:
-    """Training examples by site, from the recipe's data."""
+    """Training examples, or groups of them, by site, from the recipe's data."""
     from ..data.canaries import plant
     from ..data.sites import load_sites
     from ..model.base import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
-    sites, _ = load_sites(recipe.data, seed=recipe.seed, tokenizer=tokenizer, max_tokens=recipe.training.max_tokens)
+    sites, _ = load_sites(
+        recipe.data,
+        seed=recipe.seed,
+        tokenizer=tokenizer,
+        max_tokens=recipe.training.max_tokens,
+        owner=recipe.privacy.by,
+    )
     if recipe.privacy.canaries.count:
         sites, _ = plant(sites, recipe.privacy.canaries, seed=recipe.seed, tokenizer=tokenizer)
-    return {site.name: len(site.train) for site in sites}
+    return {site.name: len(site.units) for site in sites}
 
 
 def _some(rounds: int) -> list[int]:
@@ -246,8 +265,13 @@ def ledger(
         typer.Option("--budget", help="Set the budget of a ledger's file: ε, over all runs.", metavar="EPSILON"),
     ] = None,
     unit: Annotated[
-        str, typer.Option("--unit", help="With --budget: what it protects, `site` or `example`.", metavar="UNIT")
+        str,
+        typer.Option("--unit", help="With --budget: what it protects, `site`, `example` or `group`.", metavar="UNIT"),
     ] = "site",
+    by: Annotated[
+        str | None,
+        typer.Option("--by", help="With --unit group: the field that says whose a row is.", metavar="FIELD"),
+    ] = None,
     delta: Annotated[
         float | None,
         typer.Option(
@@ -266,22 +290,25 @@ def ledger(
     begin(json)
     _check_delta(delta)
     if budget is not None:
-        _set_budget(where, budget, unit, delta)
+        _set_budget(where, budget, unit, by, delta)
     show_ledger(_coordinators(identity) if coordinator else _local(where), delta, json)
 
 
-def _set_budget(where: Path, epsilon: float, unit: str, delta: float | None) -> None:
+def _set_budget(where: Path, epsilon: float, unit: str, by: str | None, delta: float | None) -> None:
     from ..federation.ledger_file import LedgerFile
+    from ..privacy.spending import Budget
 
     if where.is_dir():
         raise StateError(f"{where} is a folder", hint="a budget lies in a ledger's file: name the file")
-    if delta is None or epsilon <= 0 or unit not in ("site", "example"):
+    try:
+        budget = Budget.model_validate({"unit": unit, "by": by, "epsilon": epsilon, "delta": delta})
+    except ValueError as error:
         raise RecipeError(
-            "a budget is an ε above 0 at a δ, for a unit",
+            "a budget is an ε above 0 at a δ, for a unit: site, example, or group with the field --by",
             hint=f"commonweight ledger {where} --budget 8 --delta 1e-5 --unit site",
-        )
+        ) from error
     with LedgerFile(where) as file:
-        file.set_budget(epsilon, delta, unit)
+        file.set_budget(budget)
 
 
 @dataclass(frozen=True)
@@ -332,7 +359,7 @@ def _coordinators(identity: Path) -> Book:
 def show_ledger(book: Book, delta: float | None, json: bool) -> None:
     """Print a ledger: what each run has spent, and how each site stands."""
     from ..federation.ledger import accounts, by_run
-    from ..privacy.spending import ADJACENCY
+    from ..privacy.spending import adjacency
 
     _check_delta(delta)
     delta = book.delta if delta is None else delta
@@ -375,7 +402,7 @@ def show_ledger(book: Book, delta: float | None, json: bool) -> None:
     budget = "–" if book.budget is None else f"{book.budget.epsilon:g}"
     table(
         ("site", "unit", "neighbouring data", "ε of all runs", "budget", "left"),
-        [(a.site, a.unit, ADJACENCY[a.unit], _text(a.epsilon), *_allowed(a.left, budget)) for a in found],
+        [(a.site, a.unit, adjacency(a.unit), _text(a.epsilon), *_allowed(a.left, budget)) for a in found],
         right=(3, 4, 5),
     )
     say(NOT_COVERED)

@@ -161,7 +161,11 @@ def _partition(recipe: Any) -> dict[str, Any]:
 
     tokenizer = load_tokenizer(recipe.model)
     sites, partition = load_sites(
-        recipe.data, seed=recipe.seed, tokenizer=tokenizer, max_tokens=recipe.training.max_tokens
+        recipe.data,
+        seed=recipe.seed,
+        tokenizer=tokenizer,
+        max_tokens=recipe.training.max_tokens,
+        owner=recipe.privacy.by,
     )
     check_cohort(len(sites), recipe.federation)
     check_separation(len(sites), recipe)

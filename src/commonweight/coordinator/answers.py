@@ -32,6 +32,7 @@ _COUNTS = (
     "truncated",
     "dropped",
     "train_examples",
+    "train_groups",
     "train_tokens",
     "train_label_tokens",
     "heldout_examples",

@@ -16,6 +16,7 @@ from ..errors import QuorumError, SiteError
 from ..federation.cohort import check_cohort, check_separation
 from ..federation.events import Events
 from ..federation.journal import RunJournal
+from ..federation.private_rounds import unit_count
 from ..federation.round import answers_needed
 from ..federation.secure_rounds import check_sums
 from ..federation.tally import Sites
@@ -207,5 +208,5 @@ def _sites(names: tuple[str, ...], joined: Mapping[str, Mapping[str, Any]], plan
         {site: list(joined[site]["groups"]) for site in names},
         # every site fetches the whole, which it evaluates too
         bytes_up={site: shape.layout.num_bytes for site, shape in plan.shapes.items()},
-        examples={site: joined[site]["data"].get("train_examples", 0) for site in names},
+        units={site: joined[site]["data"].get(unit_count(plan.recipe), 0) for site in names},
     )

@@ -2,7 +2,8 @@
 
 A canary has the shape of a training row drawn from its site: its length, its special tokens and what of it is learned;
 every other token is drawn evenly from the vocabulary. A fair coin of its own decides whether it is planted. All is
-drawn from the recipe's seed. Canaries are never held out, and what is said of the data does not count them.
+drawn from the recipe's seed. Canaries are never held out, and what is said of the data does not count them. Where
+privacy is of groups, each, with its copies, is a group of its own.
 """
 
 from __future__ import annotations
@@ -134,4 +135,5 @@ def _with(site: Site, canaries: Canaries) -> Site:
     rows = [i for i in own for _ in range(canaries.repeat)]
     train = concatenate([site.train, canaries.tokens.subset(rows)])
     groups = (*site.train_groups, *(f"canary/{i}" for i in rows)) if site.train_groups else ()
-    return replace(site, train=train, train_groups=groups)
+    owners = (*site.owners, *(len(site.owners) + i for i in rows)) if site.owners else ()
+    return replace(site, train=train, train_groups=groups, owners=owners)

@@ -57,14 +57,14 @@ def grouped_rows(rows: Sequence[Row], by: str) -> list[Row]:
     return grouped
 
 
-def group_names(rows: Sequence[Row], by: str) -> list[str]:
-    """The group of each row: the value of field `by` as text (lists and objects as JSON).
+def group_names(rows: Sequence[Row], by: str, option: str = "data.holdout.by") -> list[str]:
+    """The group of each row: the value of field `by`, which `option` names, as text (lists and objects as JSON).
 
     Raises:
         RecipeError: no row has the field.
         DataError: some rows have no value there; see `grouped_rows`.
     """
-    values = require_values(rows, by, "data.holdout.by")
+    values = require_values(rows, by, option)
     return [json.dumps(v) if isinstance(v, list | tuple) else as_text(v).strip() for v in values]
 
 

@@ -91,6 +91,7 @@ def partition_report(
 def _token_counts(site: Site) -> dict[str, int]:
     return {
         "train_examples": len(site.train),
+        **({"train_groups": len(site.units)} if site.owners else {}),
         "train_tokens": len(site.train.ids),
         "train_label_tokens": site.train.num_label_tokens,
         "heldout_examples": len(site.heldout),
@@ -100,10 +101,13 @@ def _token_counts(site: Site) -> dict[str, int]:
 
 
 def data_digest(sites: Sequence[Site]) -> str:
-    """SHA-256, in hexadecimal, over every site's name, tokens, labels and bounds, in order."""
+    """SHA-256, in hexadecimal, over every site's name, tokens, labels and bounds, in order; and over whose the training
+    examples are, where that is known."""
     digest = hashlib.sha256()
     for site in sites:
         parts = [site.name.encode(), *_bytes_of(site.train), *_bytes_of(site.heldout)]
+        if site.owners:
+            parts.append(np.array(site.owners, "<i8").tobytes())
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from . import chunks
 from .draws import rank, sample
 from .formats import Row
 from .holdout import Split, group_names, group_of_text, grouped_rows, hold_out
+from .names import require_values
 from .partition import partition, site_names
 from .partition_report import SiteCounts, partition_report
 from .readers import read
@@ -39,6 +40,7 @@ class Site:
             one. With `chunks`: the group in which the piece begins, or the piece's own number.
         train_groups: the group of each training example, in the order of `train`; empty with `chunks`.
         aside: training examples that nothing is trained on (`keep_aside`).
+        owners: whose each training example is, as numbers, where privacy is of groups; else empty.
     """
 
     name: str
@@ -48,17 +50,33 @@ class Site:
     groups: list[str]
     train_groups: tuple[str, ...] = ()
     aside: Tokens | None = None
+    owners: tuple[int, ...] = ()
+
+    @property
+    def units(self) -> list[list[int]]:
+        """The training examples that privacy protects together: those of each owner, or each by itself."""
+        if not self.owners:
+            return [[example] for example in range(len(self.train))]
+        found: dict[int, list[int]] = {}
+        for example, owner in enumerate(self.owners):
+            found.setdefault(owner, []).append(example)
+        return list(found.values())
 
 
 @dataclass(frozen=True)
 class Job:
-    """What turning rows into tokens needs."""
+    """What turning rows into tokens needs.
+
+    Args:
+        owner: the field that says whose a row is, or None.
+    """
 
     spec: DataSpec
     seed: int
     tokenizer: Any
     max_tokens: int
     template: Template
+    owner: str | None = None
 
 
 class Built(NamedTuple):
@@ -70,7 +88,9 @@ class Built(NamedTuple):
     unused: int
 
 
-def load_sites(spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int) -> tuple[list[Site], dict[str, Any]]:
+def load_sites(
+    spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int, owner: str | None = None
+) -> tuple[list[Site], dict[str, Any]]:
     """Read, partition, split and tokenise.
 
     Args:
@@ -78,6 +98,7 @@ def load_sites(spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int) ->
         seed: the recipe's seed; it decides the partition, the held-out split and what is taken.
         tokenizer: a transformers tokenizer.
         max_tokens: bound on an example's tokens.
+        owner: the field that says whose a row is, for privacy of groups: every row that may be trained on has a value.
 
     Returns:
         The sites in natural order of their names, and the partition report (`partition_report.py`), with `digest`
@@ -88,11 +109,13 @@ def load_sites(spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int) ->
         DataError: the data cannot be read, divided, split or tokenised.
     """
     reading = read(spec, seed=seed)
-    job = Job(spec, seed, tokenizer, max_tokens, template_for(spec, reading.rows, tokenizer))
+    job = Job(spec, seed, tokenizer, max_tokens, template_for(spec, reading.rows, tokenizer), owner)
     usable, skipped = _usable(reading.rows, job)
     grouped = usable if spec.holdout.by is None else grouped_rows(usable, spec.holdout.by)
     placed = partition(grouped, spec.sites, seed)
     groups = _groups(placed, job)
+    if owner is not None:
+        require_values([row for rows in placed.values() for row in rows], owner, "privacy.by")
     built, counts = (_chunked_sites if spec.chunks else _row_sites)(placed, groups, job)
     by_site = Counter(site_names(skipped, spec.sites) or [])
     counts = {name: replace(count, skipped=by_site[name]) for name, count in counts.items()}
@@ -174,9 +197,18 @@ def _row_site(name: str, rows: list[Row], groups: list[str], split: Split, job: 
         [examples[i] for i in kept],
         [groups[split.heldout[i]] for i in kept],
         tuple(groups[taken[i]] for i in trained),
+        owners=_owners([rows[taken[i]] for i in trained], job),
     )
     truncated, dropped = cut.truncated + heldout_cut.truncated, cut.dropped + heldout_cut.dropped
     return Built(site, truncated, dropped, len(split.train) - len(taken))
+
+
+def _owners(rows: list[Row], job: Job) -> tuple[int, ...]:
+    """Whose each row is: owners are numbered as they come."""
+    if job.owner is None:
+        return ()
+    numbers: dict[str, int] = {}
+    return tuple(numbers.setdefault(name, len(numbers)) for name in group_names(rows, job.owner, "privacy.by"))
 
 
 def _tokenised(examples: list[Example], name: str, part: str, job: Job) -> tuple[Tokens, list[int], TokenCounts]:
@@ -255,7 +287,9 @@ def keep_aside(site: Site, share: float, *, seed: int) -> Site:
     drawn = _drawn_groups(site, count, seed) or sample(range(total), count, seed=seed, purpose=("aside", site.name))
     kept = sorted(set(range(total)).difference(drawn))
     groups = tuple(site.train_groups[i] for i in kept) if site.train_groups else ()
-    return replace(site, train=site.train.subset(kept), train_groups=groups, aside=site.train.subset(drawn))
+    owners = tuple(site.owners[i] for i in kept) if site.owners else ()
+    aside = site.train.subset(drawn)
+    return replace(site, train=site.train.subset(kept), train_groups=groups, owners=owners, aside=aside)
 
 
 def _drawn_groups(site: Site, count: int, seed: int) -> list[int]:

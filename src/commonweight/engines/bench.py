@@ -55,7 +55,7 @@ class Bench:
         personal: the initial values of what sites train but keep to themselves, which are not in `theta` either.
         canaries: made-up rows, of which those planted are among the sites' training rows.
         coder: makes updates small, if the recipe asks for that.
-        planned: with privacy of examples, what a round releases of each site's.
+        planned: with privacy of examples or groups, what a round releases of each site's.
         secret: what their noise is made of; whoever lets tasks be carried out says where it lies.
     """
 
@@ -92,12 +92,14 @@ class Bench:
     def facts(self) -> Sites:
         """What the loop knows of the sites."""
         spec, names = self.recipe.training, tuple(self.sites)
-        rows = {n: len(batches.sequences(s.train, spec, self.pack_seed(n))) for n, s in self.sites.items()}
+        units = {name: len(site.units) for name, site in self.sites.items()}
+        rows = units
+        if not self.recipe.privacy.noisy_steps:
+            rows = {n: len(batches.sequences(s.train, spec, self.pack_seed(n))) for n, s in self.sites.items()}
         steps = {name: spec.steps_within_budget(name, batches.num_steps(spec, rows[name])) for name in names}
         groups = {name: site.groups for name, site in self.sites.items()}
         parts = {name: shape.layout.num_bytes for name, shape in self.shapes.items()}
-        examples = {name: len(site.train) for name, site in self.sites.items()}
-        return Sites(names, steps, groups, bytes_up=parts, bytes_down=parts, examples=examples)
+        return Sites(names, steps, groups, bytes_up=parts, bytes_down=parts, units=units)
 
     def save(self, theta: NamedTensors, folder: Path, *, tokenizer: bool = False) -> None:
         """Write global tensors into a folder as an adapter that peft opens, with the tokenizer if asked for. What stays
@@ -136,11 +138,13 @@ class Gather(Protocol):
     """Whence a bench has its sites: `load_sites`, or something of its signature."""
 
     def __call__(
-        self, spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int
+        self, spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int, owner: str | None
     ) -> tuple[list[Site], dict[str, Any]]: ...
 
 
-def without_data(spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int) -> tuple[list[Site], dict[str, Any]]:
+def without_data(
+    spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int, owner: str | None
+) -> tuple[list[Site], dict[str, Any]]:
     """Gathers nothing: for a bench whose model alone is wanted."""
     return [], {}
 
@@ -158,7 +162,11 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
     base = load_base(spec, choose_device(recipe.engine.device))
     check_context(recipe, base)
     sites, partition = gather(
-        recipe.data, seed=recipe.seed, tokenizer=base.tokenizer, max_tokens=recipe.training.max_tokens
+        recipe.data,
+        seed=recipe.seed,
+        tokenizer=base.tokenizer,
+        max_tokens=recipe.training.max_tokens,
+        owner=recipe.privacy.by,
     )
     if sites:  # whoever builds a bench without data cannot know their names
         names = [site.name for site in sites]
@@ -185,9 +193,9 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
         )
     objective = _objective(recipe.training.objective)
     channels = len(asked_by_strategy(recipe, "update_channels", ("delta",)))
-    private = recipe.privacy.dp == "example"
+    private = recipe.privacy.noisy_steps
     if private:
-        _check_private(objective, language_model, trainables)
+        _check_private(recipe, objective, language_model, trainables)
     bench = Bench(
         recipe,
         base,
@@ -208,16 +216,17 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
     if private:
         facts = bench.facts
         bench.planned = {
-            name: planned_round(recipe, examples=facts.examples[name], steps=facts.steps[name]) for name in facts.names
+            name: planned_round(recipe, units=facts.units[name], steps=facts.steps[name]) for name in facts.names
         }
     return bench
 
 
-def _check_private(objective: Objective, language_model: LanguageModel, trainables: Trainables) -> None:
+def _check_private(recipe: Recipe, objective: Objective, language_model: LanguageModel, trainables: Trainables) -> None:
     """Raises RecipeError: with this objective, model or adapter examples have no gradients of their own."""
     if not (isinstance(objective, GradientObjective) and objective.of_examples):
         raise RecipeError(
-            f"privacy.dp example: the objective {objective.name!r} does not say that its loss is a sum over examples",
+            f"privacy.dp {recipe.privacy.dp}: the objective {objective.name!r} does not say that its loss is a sum "
+            "over examples",
             hint="use training.objective sft, or say so in its class (`of_examples`) if it is true",
         )
     check_examples(language_model, trainables, objective.backward)

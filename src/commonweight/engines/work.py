@@ -36,7 +36,9 @@ from .chain import Chain
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 
 Progress = Callable[[dict[str, Any]], None]
-_NO_NOISE = "with privacy.dp example only noisy steps may be told; use a strategy that goes with it, such as fedavg"
+_NO_NOISE = (
+    "with privacy.dp example or group only noisy steps may be told; use a strategy that goes with it, such as fedavg"
+)
 
 #: of a channel, in a site's private state: what its updates have not sent yet
 _LATE = "slot/late-"
@@ -202,13 +204,13 @@ class TaskWork:
         state: Mapping[str, NamedTensors],
         change: Correction,
     ) -> NoisySteps | None:
-        """The task's draws and noise, of a key of its own; None: its examples are not private.
+        """The task's draws and noise, of a key of its own; None: its steps are not private.
 
         Raises:
             SiteError: it asks for what noise would not cover, or for more steps than were planned for.
         """
         spec, site = self.bench.recipe.privacy, self.bench.sites[task.site]
-        if spec.dp != "example":
+        if not spec.noisy_steps:
             return None
         assert spec.clip is not None
         assert self.bench.secret is not None
@@ -225,9 +227,11 @@ class TaskWork:
             "state": {name: tensors.digest() for name, tensors in sorted(state.items())},
         }
         key = self.bench.secret.key(json.dumps(starts_from, sort_keys=True), task.steps)
-        planned = self.bench.planned[task.site]
-        expected = planned.sampling * len(site.train)
-        return NoisySteps(spec.clip, planned.noise_multiplier, planned.sampling, expected, key)
+        planned, units = self.bench.planned[task.site], site.units
+        expected = planned.sampling * len(units)
+        return NoisySteps(
+            spec.clip, planned.noise_multiplier, planned.sampling, expected, key, units, spec.rows_of_unit
+        )
 
     def _own(self, work: LocalWork, start: NamedTensors) -> NamedTensors:
         """The site's own model after a turn of its own; at first it is the global one."""
@@ -254,7 +258,7 @@ class TaskWork:
         clusters = candidates(start)
         if len(clusters) == 1:
             return clusters[0]
-        if self.bench.recipe.privacy.dp == "example":
+        if self.bench.recipe.privacy.noisy_steps:
             raise SiteError("the task asks which model has the least loss on the site's training rows", hint=_NO_NOISE)
         rows, losses = rows_to_ask(start, self.bench.sites[site].train), []
         for cluster in clusters:

@@ -361,9 +361,10 @@ def _privacy(metrics: Metrics) -> str:
     if kind == "none" or epsilon is None:
         return "Differential privacy: off (ε = ∞), so nothing bounds what the updates themselves may reveal."
     delta = finite(dig(metrics, "privacy", "delta"))
-    said = f"Differential privacy: {kind}, ε = {number(epsilon)}" + (f", δ = {significant(delta)}." if delta else ".")
-    if kind == "example":
-        said += " That is what the site pays whose examples pay most; each site adds the noise itself, before it sends."
+    unit = kind if kind != "group" else f"group (all rows of one {dig(metrics, 'privacy', 'by')})"
+    said = f"Differential privacy: {unit}, ε = {number(epsilon)}" + (f", δ = {significant(delta)}." if delta else ".")
+    if kind in ("example", "group"):
+        said += f" That is what the site pays whose {kind}s pay most; each site adds the noise itself, before it sends."
     compared = [arm for arm in ("local", "centralised") if dig(metrics, "arms", arm)]
     return said + (f" The {' and the '.join(compared)} control trained without it." if compared else "")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from ..errors import StateError
-from ..privacy.spending import UNPROTECTED, Budget, Spend, Unit, cost
+from ..privacy.spending import UNPROTECTED, Budget, Spend, cost
 from ..recipe.load import load_recipe
 from ..recipe.schema import Recipe
 from .private_rounds import spends_in, spends_of
@@ -50,7 +50,7 @@ class Charges:
     def __init__(self, recipe: Recipe, ledger: Ledger | None) -> None:
         self.recipe, self.ledger = recipe, ledger
         #: where sites add the noise themselves, an update is a release as soon as it is sent, whatever comes of it
-        self.at_once = recipe.privacy.dp == "example"
+        self.at_once = recipe.privacy.noisy_steps
 
     def foresee(self, round: int, names: Iterable[str], sites: Sites) -> None:
         """A round is about to be opened with these sites.
@@ -102,25 +102,25 @@ class Account:
     """
 
     site: str
-    unit: Unit
+    unit: str
     epsilon: float
     left: float | None
 
 
 def accounts(lines: Sequence[Line], delta: float, budget: Budget | None) -> list[Account]:
-    """Every site's account of its own privacy, and of its examples' where any run or the budget protects these."""
+    """Every site's account of its own privacy, and of that of its examples and groups where any run or the budget
+    protects these."""
     by_site: dict[str, list[Spend]] = {}
     for line in lines:
         by_site.setdefault(line.site, []).append(line.spend)
-    units: list[Unit] = ["site"]
-    if any(line.spend.unit == "example" for line in lines) or (budget is not None and budget.unit == "example"):
-        units.append("example")
+    protected = {line.spend.unit for line in lines} | ({budget.protects} if budget is not None else set())
+    units = ["site", *sorted(protected - {"site", "none"})]
     return [
         Account(
             site,
             unit,
             cost(spends, unit, delta),
-            budget.left(spends) if budget is not None and budget.unit == unit else None,
+            budget.left(spends) if budget is not None and budget.protects == unit else None,
         )
         for site, spends in sorted(by_site.items())
         for unit in units
@@ -158,7 +158,7 @@ def by_run(lines: Sequence[Line], delta: float) -> list[RunSpending]:
 def _spending(run: str, unit: str, mechanism: str, by_site: Mapping[str, Sequence[Spend]], delta: float) -> RunSpending:
     noises = {spend.noise_multiplier for spends in by_site.values() for spend in spends}
     samplings = {spend.sampling for spends in by_site.values() for spend in spends}
-    of: Unit = "example" if unit == "example" else "site"
+    of = "site" if unit == "none" else unit
     return RunSpending(
         run,
         unit,

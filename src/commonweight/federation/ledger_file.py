@@ -82,9 +82,9 @@ class LedgerFile:
         found = self._about("budget")
         return None if found is None else Budget.model_validate_json(found)
 
-    def set_budget(self, epsilon: float, delta: float, unit: str) -> None:
+    def set_budget(self, budget: Budget) -> None:
         """Set the budget of every site, in place of the one before."""
-        text = Budget.model_validate({"unit": unit, "epsilon": epsilon, "delta": delta}).model_dump_json()
+        text = budget.model_dump_json()
         with self._explained(), self._transaction():
             self._db.execute("INSERT OR REPLACE INTO about VALUES ('budget', ?)", (text,))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import StateError
@@ -25,7 +25,7 @@ from ..privacy.adaptive_clip import UNDER_CLIP, AdaptiveClip
 from ..privacy.example_level import planned_steps
 from ..privacy.noise import GaussianNoise, new_key
 from ..privacy.site_level import COUNT_ROW, NoisyMean
-from ..privacy.spending import ADJACENCY, UNPROTECTED, Spend
+from ..privacy.spending import UNPROTECTED, Spend, adjacency, unit_of
 from ..privacy.toeplitz import CorrelatedNoise, optimised
 from ..recipe.schema import PrivacySpec, Recipe
 from ..strategies.update import Update
@@ -169,12 +169,13 @@ def spends_of(recipe: Recipe, names: Iterable[str], sites: Sites | None = None) 
     """What a round costs each of these sites.
 
     Args:
-        sites: with privacy of examples it depends on a site's size and steps.
+        sites: with privacy of examples or groups it depends on a site's size and steps.
     """
-    if recipe.privacy.dp == "example":
+    if recipe.privacy.noisy_steps:
         assert sites is not None
-        planned = {n: planned_round(recipe, examples=sites.examples[n], steps=sites.steps[n]) for n in names}
-        return {n: Spend("example", NOISY_STEPS, r.noise_multiplier, r.sampling, r.count) for n, r in planned.items()}
+        unit = unit_of(recipe.privacy)
+        planned = {n: planned_round(recipe, units=sites.units[n], steps=sites.steps[n]) for n in names}
+        return {n: Spend(unit, NOISY_STEPS, r.noise_multiplier, r.sampling, r.count) for n, r in planned.items()}
     if recipe.privacy.dp == "none":
         return dict.fromkeys(names, UNPROTECTED)
     return dict.fromkeys(names, Spend(UNIT, recipe.privacy.mechanism.name, planned_noise(recipe)))
@@ -191,19 +192,24 @@ def spends_in(record: Mapping[str, Any]) -> dict[str, Spend]:
     return dict.fromkeys(record["answered"], spend)
 
 
-def planned_round(recipe: Recipe, *, examples: int, steps: int) -> Releases:
-    """What a round releases of each example of a site: its noisy steps (`dp: example`).
+def unit_count(recipe: Recipe) -> str:
+    """By which of its counts a site says how many examples, or with privacy of groups how many groups, it trains on."""
+    return "train_groups" if recipe.privacy.dp == "group" else "train_examples"
+
+
+def planned_round(recipe: Recipe, *, units: int, steps: int) -> Releases:
+    """What a round releases of each example or group of a site: its noisy steps.
 
     The noise that an ε needs is that of a site which takes part in every round.
 
     Args:
-        examples: the site's training examples.
+        units: the site's training examples, or groups of them.
         steps: its optimizer steps a round.
     """
     spec = recipe.privacy
     assert spec.delta is not None
     return planned_steps(
-        examples=examples,
+        units=units,
         batch_size=recipe.training.batch_size,
         steps=steps,
         rounds=recipe.federation.rounds,
@@ -226,7 +232,7 @@ def released(records: Sequence[Mapping[str, Any]]) -> Releases | None:
 
 
 def spent_by_site(records: Sequence[Mapping[str, Any]]) -> dict[str, Releases]:
-    """The releases of each site's examples."""
+    """The releases of each site's examples or groups."""
     found: dict[str, Releases] = {}
     for record in records:
         for site, spend in spends_in(record).items():
@@ -241,8 +247,8 @@ def statement(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> dict[str,
     if spec.dp == "none":
         return {"dp": "none", "epsilon": None}
     assert spec.delta is not None
-    if spec.dp == "example":
-        return _examples_statement(spec, records)
+    if spec.noisy_steps:
+        return _noisy_steps_statement(spec, records)
     plan = released(records) or Releases(planned_noise(recipe), 0)
     cost, rdp = epsilon(plan, spec.delta), epsilon_by_rdp(plan, spec.delta)
     finite = cost < math.inf
@@ -252,7 +258,7 @@ def statement(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> dict[str,
         "epsilon_rdp": rdp if finite else None,
         "delta": spec.delta,
         "unit": UNIT,
-        "adjacency": ADJACENCY[UNIT],
+        "adjacency": adjacency(UNIT),
         "mechanism": spec.mechanism.name,
         "sampling": sampling(recipe),
         "noise_multiplier": planned_noise(recipe),
@@ -261,25 +267,31 @@ def statement(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> dict[str,
     }
 
 
-def _examples_statement(spec: PrivacySpec, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _noisy_steps_statement(spec: PrivacySpec, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     assert spec.delta is not None
     plans = spent_by_site(records)
     costs = {site: epsilon(plan, spec.delta) for site, plan in plans.items()}
     worst = max(costs, key=lambda site: costs[site], default=None)
     finite = worst is not None and costs[worst] < math.inf
     return {
-        "dp": "example",
+        "dp": spec.dp,
         "epsilon": costs[worst] if worst is not None and finite else None,
         "epsilon_rdp": epsilon_by_rdp(plans[worst], spec.delta) if worst is not None and finite else None,
         "delta": spec.delta,
-        "unit": "example",
-        "adjacency": ADJACENCY["example"],
-        "sampling": example_level.SAMPLING,
+        "unit": unit_of(spec),
+        **({"by": spec.by, "rows_per_group": spec.rows_of_unit} if spec.by is not None else {}),
+        "adjacency": adjacency(unit_of(spec)),
+        "sampling": example_level.SAMPLING.format(unit=spec.dp),
         "noise_multiplier": plans[worst].noise_multiplier if worst is not None else None,
         "clip": spec.clip,
         "releases": plans[worst].count if worst is not None else 0,
         "sites": {
-            site: {**asdict(plan), "epsilon": costs[site] if costs[site] < math.inf else None}
+            site: {
+                "noise_multiplier": plan.noise_multiplier,
+                "count": plan.count,
+                "sampling": plan.sampling,
+                "epsilon": costs[site] if costs[site] < math.inf else None,
+            }
             for site, plan in plans.items()
         },
     }

@@ -332,7 +332,7 @@ class FederatedRun:
         }
         if self.model.private is not None:
             record["privacy"] = self.model.private.record()
-        elif self.recipe.privacy.dp == "example":
+        elif self.recipe.privacy.noisy_steps:
             # whoever was asked pays: it may have answered too late, or to no avail
             spends = spends_of(self.recipe, round.cohort, self.sites)
             record["privacy"] = {"sites": {site: asdict(spend) for site, spend in spends.items()}}

@@ -24,7 +24,7 @@ class Sites:
         groups: the group (patient, disease …) of each held-out row, by site.
         bytes_up, bytes_down: bytes of one copy of the tensors that a site sends and fetches, by site, where that is
             less than the whole.
-        examples: that a site trains on, by site, as far as it is known.
+        units: training examples, or with privacy of groups groups of them, by site, as far as it is known.
     """
 
     names: tuple[str, ...]
@@ -32,7 +32,7 @@ class Sites:
     groups: Mapping[str, list[str]]
     bytes_up: Mapping[str, int] = field(default_factory=dict)
     bytes_down: Mapping[str, int] = field(default_factory=dict)
-    examples: Mapping[str, int] = field(default_factory=dict)
+    units: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def _places(self) -> dict[str, int]:

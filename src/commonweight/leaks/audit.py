@@ -124,7 +124,11 @@ def _refuse(run: Path, metrics: Mapping[str, Any]) -> None:
 def _rows(base: Result, run: Path, metrics: Mapping[str, Any]) -> Rows:
     recipe = base.recipe
     sites, report = load_sites(
-        recipe.data, seed=recipe.seed, tokenizer=base.base.tokenizer, max_tokens=recipe.training.max_tokens
+        recipe.data,
+        seed=recipe.seed,
+        tokenizer=base.base.tokenizer,
+        max_tokens=recipe.training.max_tokens,
+        owner=recipe.privacy.by,
     )
     if report["digest"] != metrics["partition"]["digest"]:
         raise StateError(
@@ -173,7 +177,7 @@ def _losses(result: Result, rows: Rows) -> Losses:
 
 
 def claim(privacy: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's metrics claim of a single training row: `epsilon` (None: ∞), `delta`, and `why` in words.
+    """What a run's metrics claim of a canary: `epsilon` (None: ∞), `delta`, and `why` in words.
 
     Differential privacy of sites is of a site more or fewer. With a row more or fewer the site stays, and its update
     may go anywhere inside the clipping bound: by twice the bound, as if there were half the noise.
@@ -189,11 +193,13 @@ def claim(privacy: Mapping[str, Any]) -> dict[str, Any]:
             "why": f"a site more or fewer costs ε = {privacy['epsilon']:.2f}; a row less in one that stays changes its "
             "update by up to twice the clipping bound",
         }
-    if kind == "example":
+    if kind in ("example", "group"):
+        of = "an example" if kind == "example" else f"a {privacy['by']} with all rows"
+        own = "" if kind == "example" else "; each canary, with its copies, has one of its own"
         return {
             "epsilon": privacy["epsilon"],
             "delta": privacy["delta"],
-            "why": "what an example more or fewer costs, at the site where that is most",
+            "why": f"what {of} more or fewer costs, at the site where that is most{own}",
         }
     raise StateError(f"the run claims differential privacy of a kind that is not known here: {kind!r}")
 

@@ -4,7 +4,8 @@ What is accounted for: each release is a sum of vectors of L2 norm at most C, on
 a site), plus Gaussian noise of standard deviation z·C in every coordinate; z is the noise multiplier. Neighbouring data
 sets differ by one unit added or removed, so that the sum's L2 sensitivity is C. In a release each unit takes part with
 probability `sampling`, independently of the others (Poisson sampling; 1: every time): other ways of choosing a cohort
-amplify nothing that is proved here, and must be given as 1.
+amplify nothing that is proved here, and must be given as 1. Where a unit is replaced by another one, rather than added
+or removed, the two sums are up to 2C apart, in the releases in which it takes part.
 
 ε is computed from privacy loss distributions (dp-accounting's PLD, pessimistic rounding), with the Rényi accountant
 beside it as a check. Neither the classical σ = √(2 ln(1.25/δ))/ε, whose δ is wrong above ε = 1, nor adding up the ε of
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from ..errors import RecipeError
 
@@ -29,6 +31,10 @@ _MOST_NOISE = 1e6
 _WHOLE_ORDERS = (*range(2, 33), 48, 64, 128, 256, 512)
 #: widths of the grids on which privacy losses are rounded up
 _FINE, _COARSE = 1e-4, 1e-3
+#: δ of one release, beyond which a loss counts as infinite
+_TAIL = 1e-15
+#: and losses of one release that are told apart; larger ones count as infinite
+_MOST_LOSSES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Releases:
         noise_multiplier: z, the noise's standard deviation to the clipping norm; 0 releases everything (ε = ∞).
         count: how many.
         sampling: the probability with which each unit takes part in one.
+        replaced: in neighbouring data sets a unit is replaced by another.
 
     Raises:
         RecipeError: a number is out of its range.
@@ -47,6 +54,7 @@ class Releases:
     noise_multiplier: float
     count: int
     sampling: float = 1.0
+    replaced: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise_multiplier < math.inf:
@@ -151,7 +159,10 @@ def epsilon_of_all(plans: list[Releases], delta: float) -> float:
         return math.inf
     if all(plan.sampling == 1 for plan in plans):
         # Gaussian releases compose to one whose squared ratios of C to σ add up: no accountant is needed
-        return _gaussian_epsilon(1 / math.sqrt(sum(p.count / p.noise_multiplier**2 for p in plans)), delta)
+        squares = ((2 if p.replaced else 1) ** 2 * p.count / p.noise_multiplier**2 for p in plans)
+        return _gaussian_epsilon(1 / math.sqrt(sum(squares)), delta)
+    if any(plan.replaced for plan in plans):
+        return _replaced_epsilon(plans, delta, _FINE)
     return _sampled_epsilon(plans, delta, _FINE)
 
 
@@ -163,6 +174,57 @@ def _sampled_epsilon(plans: list[Releases], delta: float, step: float) -> float:
     for plan in plans:
         accountant.compose(_event(plan), plan.count)
     return float(accountant.get_epsilon(delta))
+
+
+def _replaced_epsilon(plans: list[Releases], delta: float, step: float) -> float:
+    """The same where units are replaced in some of the plans."""
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism, identity
+
+    total = identity(value_discretization_interval=step)
+    for plan in plans:
+        if plan.replaced:
+            one = _replaced_loss(plan, step)
+        else:
+            one = from_gaussian_mechanism(
+                plan.noise_multiplier, sampling_prob=plan.sampling, value_discretization_interval=step
+            )
+        total = total.compose(one.self_compose(plan.count))
+    return float(total.get_epsilon_for_delta(delta))
+
+
+def _replaced_loss(plan: Releases, step: float) -> Any:
+    """The privacy loss of one sampled release in which a unit is replaced, from above.
+
+    With q the sampling, P = (1 − q)·N(0, z²) + q·N(a, z²) is set against Q, the same with b; |a|, |b| ≤ 1. For ε ≥ 0
+    and ε' with e^ε − 1 = q·(e^ε' − 1),
+
+        δ(ε) = q·δ_N(ε'),    δ_N(ε') that of one Gaussian release of sensitivity 2 (Balle, Barthe and Gaboardi 2018,
+                             arXiv:1807.01647, theorem 2: a mixture of P's part with 0 and with b, each at most 2 away)
+
+    and, as the bound is the same for Q against P, δ(−ε) = 1 − e^−ε + e^−ε·δ(ε). What dominates every release dominates
+    their composition (Zhu, Dong and Wang 2022, arXiv:2106.08567); on the grid the dots are connected, which is from
+    above (Doroshenko et al. 2022, arXiv:2207.04380).
+    """
+    import numpy as np
+    from dp_accounting.pld.pld_pmf import create_pmf_pessimistic_connect_dots_fixed_gap
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+    from scipy.special import log_ndtr
+
+    q, ratio = plan.sampling, 2 / plan.noise_multiplier
+
+    def above(loss: Any) -> Any:
+        inner = loss + np.log1p((q - 1) * np.exp(-loss)) - math.log(q)
+        first, second = log_ndtr(ratio / 2 - inner / ratio), inner + log_ndtr(-ratio / 2 - inner / ratio)
+        return -q * np.exp(first) * np.expm1(np.minimum(second - first, 0))
+
+    most = 1
+    while above(most * step) > _TAIL and most < _MOST_LOSSES:
+        most *= 2
+    losses = step * np.arange(1, most + 1)
+    upper = above(losses)
+    lower = -np.expm1(-losses) + np.exp(-losses) * upper
+    deltas = np.minimum.accumulate(np.concatenate([lower[::-1], [above(0.0)], upper]))
+    return PrivacyLossDistribution(create_pmf_pessimistic_connect_dots_fixed_gap(step, -most, most, deltas))
 
 
 def noise_multiplier(target: float, delta: float, *, count: int, sampling: float = 1.0) -> float:

@@ -1,14 +1,17 @@
-"""Differential privacy of single examples: a site's steps tell little of any one row that it trains on (DP-SGD).
+"""Differential privacy of single examples, or of groups of them: a site's steps tell little of any one row that it
+trains on, or of any one patient with all rows (DP-SGD).
 
-Privacy unit: an example, one row of the site's training data. Neighbouring data sets: one example more or fewer. In
-each step every example is in the batch with probability q, independently of the others; the gradient of each that is in
-it is clipped to L2 norm C over all trained tensors together; to their sum noise of standard deviation z·C is added to
-each element, and it is divided by the number that was to be expected (Abadi et al., Deep Learning with Differential
-Privacy, CCS 2016, arXiv:1607.00133, algorithm 1). Sensitivity of the sum: C, in L2. Sampling: Poisson's, by coins that
-nobody outside the site can know, so that its amplification may be claimed.
+Privacy unit: an example, one row of the site's training data; or a group, all rows with one value of a field.
+Neighbouring data sets: one unit more or fewer. In each step every unit is in the batch with probability q,
+independently of the others; the gradient of each that is in it is clipped to L2 norm C over all trained tensors
+together; to their sum noise of standard deviation z·C is added to each element, and it is divided by the number of
+units that was to be expected (Abadi et al., Deep Learning with Differential Privacy, CCS 2016, arXiv:1607.00133,
+algorithm 1). A group's gradient is the mean of those of its rows, of which at most so many are drawn for the step.
+Sensitivity of the sum: C, in L2. Sampling: Poisson's, by coins that nobody outside the site can know, so that its
+amplification may be claimed.
 
 A site's releases are its steps. What is made of the noisy sums (the optimizer, a strategy's correction, the update, the
-global model) costs nothing more. The number of a site's examples, of which q is made, is taken as known.
+global model) costs nothing more. The number of a site's units, of which q is made, is taken as known.
 
 Noise and coins are functions of a key, and the key of the site's secret and of all that the work starts from. So a task
 that is done again gives the same bits, and work that starts from anything else has noise of its own: nobody ever gets
@@ -17,6 +20,7 @@ two sums with the same noise, whose difference would have none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +29,8 @@ from ..model.tensors import NamedTensors
 from .accounting import Releases, noise_multiplier
 from .noise import Coins, GaussianNoise, derived
 
-SAMPLING = "Poisson's: a site draws each example for each step by a coin that nobody else knows"
+#: of `unit`: what it is
+SAMPLING = "Poisson's: a site draws each {unit} for each step by a coin that nobody else knows"
 
 #: which rows of the noise go to which flat: row 4·step + this
 _ROWS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -33,7 +38,7 @@ _ROWS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3
 
 def planned_steps(
     *,
-    examples: int,
+    units: int,
     batch_size: int,
     steps: int,
     rounds: int,
@@ -44,11 +49,11 @@ def planned_steps(
     """The releases of one round of a site, which may take part in every round.
 
     Args:
-        examples: n, of its training rows; q = batch_size/n, at most 1.
+        units: n, of its training rows or groups of them; q = batch_size/n, at most 1.
         steps: optimizer steps a round.
         z: the noise multiplier; or `epsilon`, which `rounds` such rounds may cost.
     """
-    sampling = min(1.0, batch_size / examples)
+    sampling = min(1.0, batch_size / max(1, units))
     if z is None:
         assert epsilon is not None
         z = noise_multiplier(epsilon, delta, count=steps * rounds, sampling=sampling)
@@ -65,6 +70,8 @@ class NoisySteps:
         sampling: q.
         expected: q·n, what a sum is divided by.
         key: of this task alone.
+        units: the training examples of each unit.
+        rows: that a unit has in a step, at most.
     """
 
     bound: float
@@ -72,11 +79,19 @@ class NoisySteps:
     sampling: float
     expected: float
     key: bytes = field(repr=False)
+    units: Sequence[Sequence[int]] = field(default=(), repr=False)
+    rows: int = 1
 
-    def drawn(self, step: int, num_examples: int) -> list[int]:
-        """The examples of a step's batch, each with probability q; perhaps none."""
-        coins = Coins(derived(self.key, "sampling")).tossed(step, num_examples, self.sampling)
-        return [int(place) for place in coins.nonzero()[0]]
+    def drawn(self, step: int) -> list[list[int]]:
+        """The units of a step's batch, each with probability q, and the examples of each; perhaps none."""
+        coins = Coins(derived(self.key, "sampling")).tossed(step, len(self.units), self.sampling)
+        found = [list(self.units[int(place)]) for place in coins.nonzero()[0]]
+        return [unit if len(unit) <= self.rows else self._some(unit, step) for unit in found]
+
+    def _some(self, unit: list[int], step: int) -> list[int]:
+        """So many of a unit's examples, every choice being equally likely."""
+        order = Coins(derived(self.key, f"rows of {unit[0]}")).order(step, len(unit))
+        return sorted(unit[place] for place in order[: self.rows])
 
     @property
     def seed(self) -> int:

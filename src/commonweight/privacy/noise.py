@@ -100,8 +100,14 @@ class Coins:
 
     def tossed(self, number: int, count: int, probability: float) -> NDArray[np.bool_]:
         """`count` coins of a row, each True with this probability, to 2⁻⁵³."""
-        words = _words(self._key, number, 0, -(-count // _PER_BLOCK) * _PER_BLOCK)[:count]
-        return (words >> 11) * 2.0**-53 < probability
+        return (self._row(number, count) >> 11) * 2.0**-53 < probability
+
+    def order(self, number: int, count: int) -> list[int]:
+        """The numbers below `count` in an order drawn by a row."""
+        return [int(place) for place in np.argsort(self._row(number, count), kind="stable")]
+
+    def _row(self, number: int, count: int) -> NDArray[np.uint64]:
+        return _words(self._key, number, 0, -(-count // _PER_BLOCK) * _PER_BLOCK)[:count]
 
 
 def derived(secret: bytes, purpose: str) -> bytes:

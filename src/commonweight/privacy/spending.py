@@ -1,14 +1,20 @@
 """What releases cost those whose data are in them, over all runs: the entries of a ledger, and a budget for them.
 
-A release costs a site the unit that it protects. Asked for the cost of another unit, it costs
+What a release protects is its unit: `site`; `example`, one row of a site; `group by patient`, all rows of a site with
+one value of the field `patient`; `none`. Asked for the cost of another unit than that which it protects, it costs
 
     asked for   release protects   cost
     site        site               as stated
-    site        examples           ∞: nothing bounds what all of a site's rows together do
+    site        rows or groups     ∞: nothing bounds what all of a site's rows together do
     example     example            as stated
-    example     site               half the noise multiplier: of two data sets that differ in one example a site may
-                                   send two updates that are 2C apart, where a site that is left out moves the sum by C
-    either      nothing            ∞
+    example     groups             as stated, but of a group replaced by another: with a row less it is still there, and
+                                   its clipped gradient may go anywhere inside the bound
+    group       groups, same field as stated
+    group       others, examples   ∞: nothing says how many of these one group has
+    any of rows site               half the noise multiplier: of two data sets that differ in one example or group a
+                                   site may send two updates that are 2C apart, where a site that is left out moves the
+                                   sum by C
+    any         nothing            ∞
 
 Gaussian releases compose adaptively, also where z, the sampling and who takes part change from round to round, as long
 as that does not depend on the data.
@@ -22,19 +28,35 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..errors import BudgetError
-from ..recipe.schema import Section
+from ..recipe.schema import PrivacySpec, Section
 from .accounting import Releases, epsilon_of_all
 
-Unit = Literal["site", "example"]
-
-ADJACENCY = {
+_ADJACENCY = {
     "none": "any two data sets",
     "site": "one site whose updates are in the sums or left out of them",
     "example": "one example of a site more or fewer",
 }
+_GROUP = "group by "
+
+
+def group_unit(by: str) -> str:
+    """The unit of all rows of a site with one value of a field."""
+    return _GROUP + by
+
+
+def unit_of(spec: PrivacySpec) -> str:
+    """What a run protects."""
+    return spec.dp if spec.by is None else group_unit(spec.by)
+
+
+def adjacency(unit: str) -> str:
+    """Which data sets count as neighbours."""
+    if unit.startswith(_GROUP):
+        return f"one {unit.removeprefix(_GROUP)} of a site, with all of its rows, more or fewer"
+    return _ADJACENCY[unit]
 
 
 @dataclass(frozen=True)
@@ -42,7 +64,7 @@ class Spend:
     """What one site spent in one round.
 
     Args:
-        unit: what the release protects: `site`, `example`, or `none`.
+        unit: what the release protects; see above.
         mechanism: how: `gaussian`, …; `none`.
         noise_multiplier: z, the noise's standard deviation to the sensitivity; 0 without protection.
         sampling: the probability with which a unit takes part in one release; 1: every time.
@@ -58,12 +80,18 @@ class Spend:
     @property
     def adjacency(self) -> str:
         """Which data sets count as neighbours."""
-        return ADJACENCY[self.unit]
+        return adjacency(self.unit)
 
-    def releases(self, unit: Unit) -> Releases:
+    def releases(self, unit: str) -> Releases:
         """What it costs a unit."""
-        z = self.noise_multiplier if self.unit in (unit, "site") else 0.0
-        return Releases(z if self.unit == unit else z / 2, self.count, self.sampling)
+        z = self.noise_multiplier
+        if self.unit == unit:
+            return Releases(z, self.count, self.sampling)
+        if self.unit == "site":
+            return Releases(z / 2, self.count, self.sampling)
+        if unit == "example" and self.unit.startswith(_GROUP):
+            return Releases(z, self.count, self.sampling, replaced=True)
+        return Releases(0.0, self.count, self.sampling)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -75,42 +103,57 @@ class Spend:
 UNPROTECTED = Spend("none", "none", 0.0)
 
 
-def cost(spends: Iterable[Spend], unit: Unit, delta: float) -> float:
+def cost(spends: Iterable[Spend], unit: str, delta: float) -> float:
     """ε of all these together, for one unit at one site."""
-    counts: dict[tuple[float, float], int] = {}
+    counts: dict[tuple[float, float, bool], int] = {}
     for spend in spends:
         plan = spend.releases(unit)
-        key = plan.noise_multiplier, plan.sampling
+        key = plan.noise_multiplier, plan.sampling, plan.replaced
         counts[key] = counts.get(key, 0) + plan.count
     return _cost(tuple(sorted((*key, count) for key, count in counts.items())), delta)
 
 
 @lru_cache(maxsize=4096)
-def _cost(counts: tuple[tuple[float, float, int], ...], delta: float) -> float:
+def _cost(counts: tuple[tuple[float, float, bool, int], ...], delta: float) -> float:
     """Many sites have spent the same."""
-    return epsilon_of_all([Releases(z, count, sampling) for z, sampling, count in counts], delta)
+    return epsilon_of_all([Releases(z, count, sampling, replaced) for z, sampling, replaced, count in counts], delta)
 
 
 class Budget(Section):
     """How much may be spent of each site's privacy, over all runs."""
 
-    unit: Unit = Field(description="What is protected: `site`, with all its rows, or `example`, one row.")
+    unit: Literal["site", "example", "group"] = Field(
+        description="What is protected: `site`, with all its rows; `example`, one row; or `group`, its rows with one "
+        "value of `by`."
+    )
+    by: str | None = Field(None, min_length=1, description="The field that says whose a row is, such as patient.")
     epsilon: float = Field(gt=0, description="ε that all releases together may cost.")
     delta: float = Field(gt=0, lt=1, description="δ at which they are added up.")
 
+    @model_validator(mode="after")
+    def _groups_have_a_field(self) -> Self:
+        if (self.unit == "group") != (self.by is not None):
+            raise ValueError("unit: group needs `by`, the field that says whose a row is, and no other unit has one")
+        return self
+
+    @property
+    def protects(self) -> str:
+        """The unit, as releases name it."""
+        return self.unit if self.by is None else group_unit(self.by)
+
     def left(self, spends: Iterable[Spend]) -> float:
         """What is left of ε; never below 0."""
-        return max(0.0, self.epsilon - cost(spends, self.unit, self.delta))
+        return max(0.0, self.epsilon - cost(spends, self.protects, self.delta))
 
     def excess(self, before: Iterable[Spend], more: Spend) -> str:
         """Why a site may not spend `more` after `before`; "": it may."""
         before = list(before)
-        after = cost([*before, more], self.unit, self.delta)
+        after = cost([*before, more], self.protects, self.delta)
         if after <= self.epsilon:
             return ""
-        spent = cost(before, self.unit, self.delta)
+        spent = cost(before, self.protects, self.delta)
         return (
-            f"the budget is ε = {self.epsilon:g} at δ = {self.delta:g} for each {self.unit} over all runs; "
+            f"the budget is ε = {self.epsilon:g} at δ = {self.delta:g} for each {self.by or self.unit} over all runs; "
             f"{in_words(spent)} is spent, and this would make it {in_words(after)}"
         )
 

@@ -157,8 +157,8 @@ FEATURES = (
         "Leave compression.down out, or use the strategy fedavg",
     ),
     Feature(
-        "differential privacy of examples",
-        lambda recipe, network: recipe.privacy.dp == "example",
+        "differential privacy of examples, groups",
+        lambda recipe, network: recipe.privacy.noisy_steps,
         lambda strategy: (
             not (_is(strategy, "own_model") or _is(strategy, "asynchronous") or _is(strategy, "asks_losses"))
         ),

@@ -18,6 +18,8 @@ DEMO_DATA = "commonweight/consortium"
 
 PROMPT_KINDS = ("prompt", "prefix", "p-tuning")
 LORA_KINDS = ("lora", "dora", "rslora")
+#: our choice: enough that a group's gradient is not one row's, few enough that a step stays short
+ROWS_PER_GROUP = 4
 #: adapters that consist of pairs A, B and nothing else
 PAIRED_KINDS = ("lora", "rslora")
 
@@ -310,21 +312,22 @@ class TrainingSpec(Section):
     batch_size: int = Field(
         8,
         ge=1,
-        description="Examples (packed: sequences) an optimizer step; with `privacy.dp: example` their expected number.",
+        description="Examples (packed: sequences) an optimizer step; with `privacy.dp` example or group the number of "
+        "examples or groups to be expected.",
     )
     micro_batch_size: int | Literal["auto"] = Field(
         "auto",
         description="Examples a forward pass; gradients accumulate over a batch, weighted by tokens, so that the step "
-        "is the same to rounding. `auto`: about 1,024 tokens on CPU, the whole batch on a GPU. With `privacy.dp: "
-        "example` as many copies of the adapter's gradient are held at once.",
+        "is the same to rounding. `auto`: about 1,024 tokens on CPU, the whole batch on a GPU. With `privacy.dp` "
+        "example or group as many copies of the adapter's gradient are held at once.",
     )
     max_tokens: int = Field(512, ge=2, description="Tokens an example (packed: a sequence); longer ones are cut.")
     packing: bool = Field(False, description="Fill sequences with several examples, attention kept apart at the seams.")
     clip_norm: float | None = Field(
         1.0,
         gt=0,
-        description="Gradient norm bound a step; null: none. With `privacy.dp: example` `privacy.clip` bounds each "
-        "example's gradient in its place.",
+        description="Gradient norm bound a step; null: none. With `privacy.dp` example or group `privacy.clip` bounds "
+        "each one's gradient in its place.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled for AdamW, L2 for SGD.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's β₁, β₂.")
@@ -633,30 +636,40 @@ class MechanismSpec(Section):
 class PrivacySpec(Section):
     """What bounds what is learnt of a site: by whoever gets the result, and by the coordinator."""
 
-    dp: Literal["none", "site", "example"] = Field(
+    dp: Literal["none", "site", "example", "group"] = Field(
         "none",
         description="`site`: differential privacy of each site with all its rows: updates are clipped at the site, and "
         "the coordinator adds noise to their sum. `example`: of each single training example: a site draws the batch "
-        "of a step by chance, clips each example's gradient and adds noise itself (DP-SGD). `none`: ε = ∞.",
+        "of a step by chance, clips each example's gradient and adds noise itself (DP-SGD). `group`: the same of all "
+        "rows of a site that have one value of `by`, such as a patient's, together. `none`: ε = ∞.",
+    )
+    by: str | None = Field(
+        None, min_length=1, description="`dp: group`: the field that says whose a row is. Every row must have a value."
+    )
+    rows_per_group: int | None = Field(
+        None,
+        ge=1,
+        description="`dp: group`: rows of a group in one step, at most; of a group that has more, other ones are drawn "
+        "for each step. More of them make its gradient steadier, and take longer. Default 4.",
     )
     clip: float | None = Field(
         None,
         gt=0,
-        description="C: the L2 norm to which a site's update is clipped, or with `dp: example` each example's "
+        description="C: the L2 norm to which a site's update is clipped, or with `dp` example or group each one's "
         "gradient, over all trained tensors together. Needed unless `dp: none`.",
     )
     delta: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="δ, well below one over the number of sites, or with `dp: example` of a site's training examples. "
-        "Needed unless `dp: none`.",
+        description="δ, well below one over the number of sites, or with `dp` example or group of a site's training "
+        "examples or groups. Needed unless `dp: none`.",
     )
     epsilon: float | None = Field(
         None,
         gt=0,
-        description="The ε that all rounds together may cost; the noise follows, with `dp: example` for each site by "
-        "itself. Or `noise_multiplier`.",
+        description="The ε that all rounds together may cost; the noise follows, with `dp` example or group for each "
+        "site by itself. Or `noise_multiplier`.",
     )
     noise_multiplier: float | None = Field(
         None, ge=0, description="z: the noise's standard deviation in units of `clip`; ε follows. Or `epsilon`."
@@ -716,13 +729,34 @@ class PrivacySpec(Section):
             )
         return self
 
+    @property
+    def noisy_steps(self) -> bool:
+        """Whether sites draw the batches of their steps and add noise to each themselves."""
+        return self.dp in ("example", "group")
+
+    @property
+    def rows_of_unit(self) -> int:
+        """Rows of what is drawn as one that a step takes, at most."""
+        return (self.rows_per_group or ROWS_PER_GROUP) if self.dp == "group" else 1
+
+    @model_validator(mode="after")
+    def _groups_have_a_field(self) -> Self:
+        if self.dp == "group" and self.by is None:
+            raise ValueError("dp: group needs `by`: the field that says whose a row is, such as patient")
+        given = [name for name in ("by", "rows_per_group") if getattr(self, name) is not None]
+        if self.dp != "group" and given:
+            raise ValueError(f"`{given[0]}` does nothing with dp: {self.dp}; set dp: group, or remove it")
+        return self
+
     @model_validator(mode="after")
     def _whole_or_nothing(self) -> Self:
         names = ("clip", "delta", "epsilon", "noise_multiplier", "adaptive_clip")
         given = [name for name in names if getattr(self, name) is not None]
         if self.dp == "none":
             if given:
-                raise ValueError(f"`{given[0]}` does nothing with dp: none; set dp: site or example, or remove it")
+                raise ValueError(
+                    f"`{given[0]}` does nothing with dp: none; set dp: site, example or group, or remove it"
+                )
             if self.mechanism.name != "gaussian":
                 raise ValueError("`mechanism` does nothing with dp: none; set dp: site, or remove it")
             return self
@@ -736,9 +770,9 @@ class PrivacySpec(Section):
             raise ValueError(f"dp: {self.dp} needs `{missing[0]}`")
         if ("epsilon" in given) == ("noise_multiplier" in given):
             raise ValueError(f"dp: {self.dp} needs `epsilon` or `noise_multiplier`, and not both")
-        if self.dp == "example" and self.adaptive_clip is not None:
+        if self.noisy_steps and self.adaptive_clip is not None:
             raise ValueError("`adaptive_clip` follows the norms of sites' updates, with dp: site; remove it")
-        if self.dp == "example" and self.mechanism.name != "gaussian":
+        if self.noisy_steps and self.mechanism.name != "gaussian":
             raise ValueError("`mechanism` is of the noise on sums of sites' updates, with dp: site; remove it")
         return self
 
@@ -939,34 +973,37 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _private_examples_have_gradients_of_their_own(self) -> Self:
-        adapter, training = self.model.adapter, self.training
-        if self.privacy.dp != "example":
+        adapter, training, dp = self.model.adapter, self.training, f"privacy.dp {self.privacy.dp}"
+        if not self.privacy.noisy_steps:
             return self
         if adapter.kind not in PAIRED_KINDS:
             raise ValueError(
-                f"privacy.dp example needs each example's own gradient, which lora and rslora adapters have and "
+                f"{dp} needs each example's own gradient, which lora and rslora adapters have and "
                 f"adapter.kind {adapter.kind} has not; use one of the two"
             )
         if adapter.shaped:
             raise ValueError(
-                "privacy.dp example adds noise to the whole adapter, but model.adapter.sites or model.adapter.budget "
-                "gives sites a part of it; leave them out"
+                f"{dp} adds noise to the whole adapter, but model.adapter.sites or model.adapter.budget gives sites a "
+                "part of it; leave them out"
             )
         if training.packing:
             raise ValueError(
-                "privacy.dp example draws each example by itself, but training.packing puts several in one sequence; "
+                f"{dp} draws each example by itself, but training.packing puts several in one sequence; "
                 "use packing: false, and a smaller max_tokens or micro_batch_size to save memory"
             )
         if training.gradient_checkpointing:
             raise ValueError(
-                "privacy.dp example: training.gradient_checkpointing runs layers a second time, behind the hooks that "
-                "take down each example's gradient; use gradient_checkpointing: false, and micro_batch_size: 1 to save "
-                "memory"
+                f"{dp}: training.gradient_checkpointing runs layers a second time, behind the hooks that take down "
+                "each example's gradient; use gradient_checkpointing: false, and micro_batch_size: 1 to save memory"
             )
         if self.federation.weighting == "tokens":
             raise ValueError(
-                "privacy.dp example bounds what updates tell, but federation.weighting tokens needs the number of "
-                "tokens drawn, which would tell more; use weighting: examples or uniform"
+                f"{dp} bounds what updates tell, but federation.weighting tokens needs the number of tokens drawn, "
+                "which would tell more; use weighting: examples or uniform"
+            )
+        if self.privacy.dp == "group" and self.data.chunks:
+            raise ValueError(
+                "privacy.dp group: data.chunks joins rows of several groups into one piece; use chunks: false"
             )
         return self
 

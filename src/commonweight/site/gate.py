@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import AccessError, PolicyError, SiteError
 from ..federation.folder import replacing, write_json
 from ..federation.messages import SUM_STEPS, ChainTask, EvaluateTask, SampleTask, SumTask, Task, TrainTask
-from ..federation.private_rounds import spends_of
+from ..federation.private_rounds import spends_of, unit_count
 from ..federation.tally import Sites
 from ..identity.certificates import Holder, verify_certificate
 from ..identity.folder import IdentityFolder
@@ -151,16 +151,15 @@ class Gate:
         return KnownJob(job, digest, facts, recipe, plan.layout, plan.chunk_bytes)
 
     def joined(self, run: str, facts: Mapping[str, Any]) -> None:
-        """The site takes part; of privacy of its examples it is known from now on what a round costs.
+        """The site takes part; of privacy of its examples or groups it is known from now on what a round costs.
 
         Args:
-            facts: what the site's workshop says of itself (`train_examples`, `steps`).
+            facts: what the site's workshop says of itself (`steps`, and a count of `unit_count`).
         """
         known = self.known(run)
-        if known is not None and known.facts.dp == "example":
-            recipe = validate(Recipe, read_source(known.job.recipe, "the job's recipe"))
-            sites = Sites(("",), {"": facts["steps"]}, {}, examples={"": facts["train_examples"]})
-            write_json(self._spend_file(run), asdict(spends_of(recipe, sites.names, sites)[""]))
+        if known is not None and known.recipe.privacy.noisy_steps:
+            sites = Sites(("",), {"": facts["steps"]}, {}, units={"": facts[unit_count(known.recipe)]})
+            write_json(self._spend_file(run), asdict(spends_of(known.recipe, sites.names, sites)[""]))
             self._jobs[run] = self._priced(known, run)
         self.records.set_job(run, "joined")
 

@@ -34,7 +34,7 @@ from ..identity.roles import SIGNING_ROLES
 from ..model.shapes import shapes_of
 from ..privacy.accounting import Releases, epsilon, noise_multiplier
 from ..privacy.secure_aggregation.rows import row_layout
-from ..privacy.spending import UNPROTECTED, Budget, Spend
+from ..privacy.spending import UNPROTECTED, Budget, Spend, unit_of
 from ..recipe.schema import Recipe, Section
 from ..registry import BUILT_IN, built_in, is_listed, resolve
 from ..strategies.base import Strategy
@@ -246,8 +246,8 @@ class JobFacts:
         dp: `none`, or the unit that is protected.
         epsilon: what the job states; None: no bound (∞).
         num_sites: sites that the job names; 0: every enrolled site.
-        spend: what a round costs this site, if the coordinator does as the job says. With privacy of examples that
-            depends on the site's rows: until it has joined, it is what the job promises at most.
+        spend: what a round costs this site, if the coordinator does as the job says. With privacy of examples or groups
+            that depends on the site's rows: until it has joined, it is what the job promises at most.
         participations: rounds in which this site takes part at most; None: all.
         separation: of so many rounds in a row this site takes part in one at most.
         secure_group_size: the fewest sites whose updates are summed before somebody sees the sum, where that is not all
@@ -323,7 +323,7 @@ class JobFacts:
             update_bytes=_update_bytes(recipe, initial, site),
             evaluation=True,  # every run ends with the result's scores
             samples=recipe.evaluation.samples,
-            dp=recipe.privacy.dp,
+            dp=unit_of(recipe.privacy),
             epsilon=_planned_epsilon(recipe),
             secure_aggregation=recipe.privacy.secure_aggregation == "on",
             trust_remote_code=recipe.model.trust_remote_code,
@@ -365,13 +365,13 @@ class JobFacts:
 def _planned_epsilon(recipe: Recipe) -> float | None:
     """ε of all the job's rounds at its own δ; None: ∞.
 
-    Of examples it is the one that the job promises, to which this site calibrates its own noise. A job that gives the
-    noise instead promises none: what that costs depends on the size of the site.
+    Of examples or groups it is the one that the job promises, to which this site calibrates its own noise. A job that
+    gives the noise instead promises none: what that costs depends on the size of the site.
     """
     spec = recipe.privacy
     if spec.dp == "none":
         return None
-    if spec.dp == "example":
+    if spec.noisy_steps:
         return spec.epsilon
     assert spec.delta is not None
     found = epsilon(Releases(planned_noise(recipe), participations(recipe)), spec.delta)
@@ -381,16 +381,17 @@ def _planned_epsilon(recipe: Recipe) -> float | None:
 def _promised(recipe: Recipe) -> Spend:
     """What a round costs a site of whose rows nothing is known."""
     spec = recipe.privacy
-    if spec.dp != "example":
+    if not spec.noisy_steps:
         return spends_of(recipe, [""])[""]
     if spec.epsilon is not None:
         assert spec.delta is not None
         # Gaussian releases, one a round, that cost as much together
-        return Spend("example", NOISY_STEPS, noise_multiplier(spec.epsilon, spec.delta, count=recipe.federation.rounds))
+        z = noise_multiplier(spec.epsilon, spec.delta, count=recipe.federation.rounds)
+        return Spend(unit_of(spec), NOISY_STEPS, z)
     assert spec.noise_multiplier is not None
     if recipe.training.steps is None:
         return UNPROTECTED  # as many steps as the site's size makes of an epoch
-    return Spend("example", NOISY_STEPS, spec.noise_multiplier, count=recipe.training.steps)
+    return Spend(unit_of(spec), NOISY_STEPS, spec.noise_multiplier, count=recipe.training.steps)
 
 
 def _update_bytes(recipe: Recipe, initial: bytes, site: str) -> int:

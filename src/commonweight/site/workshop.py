@@ -335,13 +335,13 @@ class RecipeWorkshop:
         return {self.local_name: by_site[name]} if name in by_site else {}
 
     def _gather(
-        self, spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int
+        self, spec: DataSpec, *, seed: int, tokenizer: Any, max_tokens: int, owner: str | None
     ) -> tuple[list[Site], dict[str, Any]]:
         """This site's examples, and the report of them alone."""
         name, partition = self.local_name, self.settings.data.partition
         if partition is None:
             spec = spec.model_copy(update={"sites": SitesSpec(scheme="iid", count=1, take=spec.sites.take)})
-        sites, report = load_sites(spec, seed=seed, tokenizer=tokenizer, max_tokens=max_tokens)
+        sites, report = load_sites(spec, seed=seed, tokenizer=tokenizer, max_tokens=max_tokens, owner=owner)
         found = next((site for site in sites if partition in (None, site.name)), None)
         if found is None:
             raise DataError(

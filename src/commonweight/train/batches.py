@@ -1,12 +1,13 @@
 """From tokens to batches: the order of examples, steps a round, micro-batches, packing.
 
-Legend: B = sequences in a forward pass; T = positions of the longest of them.
+Legend: B = sequences in a forward pass; T = positions of the longest of them; U = units in a forward pass: examples, or
+groups of them, whose gradients are told apart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,8 +45,27 @@ class Batch:
         return int(self.labelled.sum())
 
 
+@dataclass(frozen=True)
+class UnitBatch:
+    """Sequences of some units, side by side.
+
+    Args:
+        units: int64 [B, T]; the place of a token's unit among the batch's, −1 for padding.
+        weights: float64 [L]; what each label counts for in its unit's loss, the mean over its examples of each one's
+            mean nats a label token.
+        num_units: U.
+        goes_on: the last unit has further examples in the next batch.
+    """
+
+    batch: Batch
+    units: Tensor
+    weights: Tensor
+    num_units: int
+    goes_on: bool = False
+
+
 def num_steps(spec: TrainingSpec, num_sequences: int) -> int:
-    """Optimizer steps a round over a site's sequences."""
+    """Optimizer steps a round over a site's sequences, or over the units that private steps draw."""
     if spec.steps is not None:
         return spec.steps
     epochs = spec.epochs if spec.epochs is not None else 1.0
@@ -92,6 +112,48 @@ def micro_batches(tokens: Tokens, batch: Rows, size: int, device: torch.device) 
     by_length = sorted(batch, key=lambda row: (-sum(int(lengths[e]) for e in row), row))
     for start in range(0, len(by_length), size):
         yield collate(tokens, by_length[start : start + size], device)
+
+
+def unit_batches(tokens: Tokens, units: Rows, size: int, device: torch.device) -> Iterator[UnitBatch]:
+    """Cut units, each a number of examples, into forward passes of at most `size` examples, similar lengths together.
+
+    A unit's examples follow each other, so that no more than one unit goes on from one pass to the next.
+    """
+    lengths = tokens.lengths
+    by_length = sorted(units, key=lambda unit: (-max(int(lengths[e]) for e in unit), unit))
+    placed = [(number, e) for number, unit in enumerate(by_length) for e in unit]
+    for start in range(0, len(placed), size):
+        taken = placed[start : start + size]
+        first, last = taken[0][0], taken[-1][0]
+        unit_of = {example: number - first for number, example in taken}
+        shares = {example: 1.0 / len(by_length[number]) for number, example in taken}
+        goes_on = start + size < len(placed) and placed[start + size][0] == last
+        yield _unit_batch(tokens, [[e] for _, e in taken], unit_of, shares, device, goes_on)
+
+
+def _unit_batch(
+    tokens: Tokens,
+    rows: Rows,
+    unit_of: Mapping[int, int],
+    shares: Mapping[int, float],
+    device: torch.device,
+    goes_on: bool,
+) -> UnitBatch:
+    """Args:
+    unit_of, shares: the place of an example's unit, and what the example counts for in it.
+    """
+    batch = collate(tokens, rows, device)
+    units, weights = torch.full(batch.ids.shape, -1), []
+    for b, row in enumerate(rows):
+        start = 0
+        for example in row:
+            labels = int(tokens.labelled_of(example).sum())
+            stop = start + int(tokens.lengths[example])
+            units[b, start:stop] = unit_of[example]
+            weights.append(np.full(labels, shares[example] / max(1, labels)))
+            start = stop
+    found = torch.from_numpy(np.concatenate(weights)).to(device)
+    return UnitBatch(batch, units.to(device), found, max(unit_of.values()) + 1, goes_on)
 
 
 def micro_batch_size(spec: TrainingSpec, device: torch.device) -> int:

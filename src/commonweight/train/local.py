@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -128,8 +128,9 @@ class Objective(ABC):
 class GradientObjective(Objective):
     """An objective with a gradient: minimise a sum over label tokens by an optimizer.
 
-    With `LocalWork.privacy` it is, in each step, the mean over examples of each one's mean loss a label token; what a
-    correction adds to the gradient comes after the noise, and `training.clip_norm` is left aside.
+    With `LocalWork.privacy` it is, in each step, the mean over units (examples, or groups of them) of the mean over a
+    unit's examples of each one's mean loss a label token; what a correction adds to the gradient comes after the noise,
+    and `training.clip_norm` is left aside.
 
     Checkpoints hold values, optimizer, random numbers and sums. A subclass that remembers anything else from step to
     step replaces `work`.
@@ -151,15 +152,15 @@ class GradientObjective(Objective):
         model, spec = participant.language_model, task.spec
         model.model.train()
         torch.manual_seed(task.seed if task.privacy is None else task.privacy.seed)
-        rows = batches.sequences(task.tokens, spec, task.pack_seed)
         optimizer = task.optimizer or make_optimizer(participant.trainables, spec)
         state = task.checkpoint.load() if task.checkpoint is not None else None
         sums = Sums() if state is None else restore(state, participant.trainables, optimizer)
         set_lr(optimizer, task.lr)
         if task.privacy is None:
+            rows = batches.sequences(task.tokens, spec, task.pack_seed)
             order = batches.order(rows, batch_size=spec.batch_size, steps=task.steps, seed=task.seed)
         else:
-            order = drawn(task.privacy, rows, task.steps)
+            order = map(task.privacy.drawn, range(task.steps))
         with self._examples(participant, task) as examples:
             for batch in islice(order, sums.steps, None):
                 if task.interrupted():
@@ -206,12 +207,12 @@ class GradientObjective(Objective):
         trainables.zero_gradients()
         size = batches.micro_batch_size(task.spec, model.device)
         nats = 0.0
-        for micro in batches.micro_batches(task.tokens, batch, size, model.device):
-            if examples is None or task.privacy is None:
+        if examples is None or task.privacy is None:
+            for micro in batches.micro_batches(task.tokens, batch, size, model.device):
                 nats += self.backward(model, micro, 1.0 / labels)
-            else:
-                nats += examples.add_clipped(micro, self.backward, task.privacy.bound)
-        if examples is not None and task.privacy is not None:
+        else:
+            for units in batches.unit_batches(task.tokens, batch, size, model.device):
+                nats += examples.add_clipped(units, self.backward, task.privacy.bound)
             trainables.gradients.copy_(task.privacy.release(examples.total, step))
             examples.forget()
         change = task.correction or NoCorrection()
@@ -221,12 +222,6 @@ class GradientObjective(Objective):
         optimizer.step()
         change.settle(trainables.shared)
         return nats, labels
-
-
-def drawn(privacy: Privacy, rows: batches.Rows, steps: int) -> Iterator[batches.Rows]:
-    """`steps` batches of sequences, each drawn by chance."""
-    for step in range(steps):
-        yield [rows[place] for place in privacy.drawn(step, len(rows))]
 
 
 def make_optimizer(trainables: Trainables, spec: TrainingSpec) -> Optimizer:

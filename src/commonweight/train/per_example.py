@@ -1,29 +1,31 @@
-"""Gradients of single examples, clipped and added up: one backward pass for many of them, through opacus's hooks.
+"""Gradients of single examples, or of groups of them, clipped and added up: one backward pass for many of them.
 
-A hook on each trained linear layer keeps what goes into it, aᵢ [T, in], and gets the gradient of what comes out, bᵢ
-[T, out]; the gradient of example i is bᵢᵀaᵢ. LoRA's layers are narrow, so that these gradients are small: a forward
-pass of B examples holds B copies of the adapter's gradient and no more. Against a plain step it takes 1.2 to 1.9 times
-as long and a fifth more memory (`benchmarks/dp_sgd.py`, which also measures opacus's other ways: functorch, ghost
-clipping).
+A hook on each trained linear layer keeps what goes into it, a [B, T, in], and gets the gradient of what comes out, b
+[B, T, out]; the gradient of unit u is the sum of bₜᵀaₜ over its tokens t. LoRA's layers are narrow, so that these
+gradients are small: a forward pass of U units holds U copies of the adapter's gradient and no more. Against a plain
+step it takes 1.2 to 1.9 times as long and a fifth more memory (`benchmarks/dp_sgd.py`, which also measures opacus's
+ways: hooks, functorch, ghost clipping).
 
-Legend: B examples in a forward pass, one a row; T positions; gᵢ the gradient of example i over all trained tensors
-together; C the bound.
+Legend: U units in a forward pass, each an example or a group of them; B sequences; T positions; gᵤ the gradient of unit
+u over all trained tensors together; C the bound.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..data.tokens import Tokens
 from ..errors import RecipeError
 from ..model.tensors import NamedTensors
 from ..model.trainables import Trainables
-from .batches import Batch
+from .batches import Batch, UnitBatch, unit_batches
 from .loss import LanguageModel
 
 #: adds the gradient of Σ scale·nats over a batch's labels to the gradients, scale one number a label; returns Σ nats
@@ -40,41 +42,49 @@ class Privacy(Protocol):
     @property
     def seed(self) -> int: ...
 
-    def drawn(self, step: int, num_examples: int) -> list[int]:
-        """The examples of a step's batch; perhaps none."""
+    def drawn(self, step: int) -> list[list[int]]:
+        """The units of a step's batch, and the examples of each; perhaps none."""
 
     def release(self, total: NamedTensors, step: int) -> NamedTensors:
         """What the step uses in place of a gradient, of the sum of clipped ones, in place."""
 
 
 class ExampleGradients:
-    """A model whose backward passes tell each example's gradient; see `example_gradients`."""
+    """A model whose backward passes tell each unit's gradient; see `example_gradients`."""
 
     def __init__(self, language_model: LanguageModel, trainables: Trainables) -> None:
         self.language_model, self.trainables = language_model, trainables
-        self.parameters = {n: p for n, p in language_model.model.named_parameters() if p.requires_grad}
+        self.names: list[str] = [n for n, p in language_model.model.named_parameters() if p.requires_grad]
         self.total = NamedTensors.zeros(trainables.values.layout, wide=True, device=language_model.device)
+        self._units: UnitBatch | None = None
+        self._found: dict[str, Tensor] = {}
+        #: of the unit whose examples go on in the next batch
+        self._open: dict[str, Tensor] = {}
 
-    def take(self, batch: Batch, backward: Backward) -> tuple[dict[str, Tensor], float]:
-        """gᵢ of each example's mean loss a label token, [B, …] by parameter, and Σ nats of them all.
+    def take(self, units: UnitBatch, backward: Backward) -> tuple[dict[str, Tensor], float]:
+        """gᵤ of each unit, as far as its examples are in the batch, [U, …] by parameter, and Σ nats of them all."""
+        self._units, self._found = units, {}
+        try:
+            nats = backward(self.language_model, units.batch, units.weights)
+            return {name: self._found[name] for name in self.names if name in self._found}, nats
+        finally:
+            self._units, self._found = None, {}
 
-        Args:
-            batch: an example a row.
+    def add_clipped(self, units: UnitBatch, backward: Backward, bound: float) -> float:
+        """Add min(1, C/‖gᵤ‖)·gᵤ of each unit to `total`, once it is whole; returns Σ nats.
+
+        A gradient that is not finite counts as zero: an error would tell of the unit.
         """
-        for parameter in self.parameters.values():
-            parameter.grad_sample = None
-        nats = backward(self.language_model, batch, _shares(batch))
-        found = {name: parameter.grad_sample for name, parameter in self.parameters.items()}
-        for parameter in self.parameters.values():
-            parameter.grad_sample = None
-        return found, nats
+        gradients, nats = self.take(units, backward)
+        for name, part in self._open.items():
+            gradients[name][0] += part
+        self._open = {name: gradient[-1].clone() for name, gradient in gradients.items()} if units.goes_on else {}
+        whole = units.num_units - units.goes_on
+        if whole:
+            self._add({name: gradient[:whole] for name, gradient in gradients.items()}, bound)
+        return nats
 
-    def add_clipped(self, batch: Batch, backward: Backward, bound: float) -> float:
-        """Add min(1, C/‖gᵢ‖)·gᵢ of each example to `total`; returns Σ nats.
-
-        A gradient that is not finite counts as zero: an error would tell of the example.
-        """
-        gradients, nats = self.take(batch, backward)
+    def _add(self, gradients: dict[str, Tensor], bound: float) -> None:
         squares = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in gradients.values()]
         norms = torch.linalg.vector_norm(torch.stack(squares), dim=0)
         finite = norms.isfinite()
@@ -84,41 +94,59 @@ class ExampleGradients:
             if not finite.all():
                 gradient = torch.where(finite.view(-1, *[1] * total.dim()), gradient, 0)  # 0·∞ is no number
             total.add_(torch.tensordot(scales.to(total.dtype), gradient.to(total.dtype), dims=1))
-        return nats
 
     def forget(self) -> None:
         """Begin a new sum."""
         for flat in self.total.flats.values():
             flat.zero_()
 
+    def listen(self, name: str, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """A layer with the weight `name` is called: its gradients are taken when the backward pass comes by."""
+        if self._units is not None and isinstance(output, Tensor) and output.requires_grad:
+            heard = partial(self._heard, name, self._units, inputs[0].detach())
+            output.register_hook(heard)  # type: ignore[no-untyped-call]
 
-def _shares(batch: Batch) -> Tensor:
-    """For each label of a batch, in its order, one over the number of its row's labels."""
-    counts = batch.labelled[:, 1:].sum(1)
-    return counts.double().reciprocal().repeat_interleave(counts)
+    @torch.no_grad()
+    def _heard(self, name: str, units: UnitBatch, a: Tensor, b: Tensor) -> None:
+        """Args:
+        a: [B, T, in].
+        b: [B, T, out].
+        """
+        found = by_unit(a.to(b.dtype), b.detach(), units)
+        self._found[name] = self._found[name] + found if name in self._found else found
+
+
+def by_unit(a: Tensor, b: Tensor, units: UnitBatch) -> Tensor:
+    """Σ bₜᵀaₜ over each unit's tokens, [U, out, in]."""
+    of_rows = torch.einsum("bti,btj->bij", b, a)
+    if units.num_units == len(of_rows):
+        return of_rows
+    found = of_rows.new_zeros(units.num_units, *of_rows.shape[1:])
+    return found.index_add_(0, units.units[:, 0], of_rows)
 
 
 @contextmanager
 def example_gradients(language_model: LanguageModel, trainables: Trainables) -> Iterator[ExampleGradients]:
-    """Inside, backward passes of a model in training mode leave each example's gradient behind."""
-    from opacus.grad_sample import GradSampleHooks
-
-    with warnings.catch_warnings():
-        # of attributes that opacus looks at, and of the first layer, whose input has no gradient
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        hooks = GradSampleHooks(language_model.model, loss_reduction="sum")
-        try:
-            yield ExampleGradients(language_model, trainables)
-        finally:
-            hooks.cleanup()
+    """Inside, backward passes can tell each unit's gradient."""
+    gradients = ExampleGradients(language_model, trainables)
+    names = {id(p): name for name, p in language_model.model.named_parameters() if p.requires_grad}
+    hooks = [
+        module.register_forward_hook(partial(gradients.listen, names[id(module.weight)]))
+        for module in language_model.model.modules()
+        if isinstance(module, nn.Linear) and id(module.weight) in names
+    ]
+    try:
+        yield gradients
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_examples(language_model: LanguageModel, trainables: Trainables, backward: Backward) -> None:
     """Find out, on two made-up examples, whether each one's gradient in a batch is the one that it has alone.
 
-    It is not where a layer mixes rows or is not called once for all of them (experts, layers that share weights), or
-    where something is trained that is not a linear layer's weight.
+    It is not where a layer mixes rows or is not called once for all of them (experts), or where something is trained
+    that is not a linear layer's weight.
 
     Raises:
         RecipeError: it is not, or cannot be known.
@@ -126,7 +154,7 @@ def check_examples(language_model: LanguageModel, trainables: Trainables, backwa
     before, mode = trainables.values.clone(), language_model.model.training
     try:
         wrong = _first_wrong(language_model, trainables, backward)
-    except Exception as error:  # opacus, and what it does to a model's code, may raise anything
+    except Exception as error:  # what hooks meet in a model's code may raise anything
         wrong = f"{type(error).__name__}: {error}"
     finally:
         trainables.values.copy_(before)
@@ -134,7 +162,8 @@ def check_examples(language_model: LanguageModel, trainables: Trainables, backwa
         language_model.model.train(mode)
     if wrong:
         raise RecipeError(
-            f"privacy.dp example: of this model and adapter the gradients of single examples cannot be told ({wrong})",
+            "differential privacy of examples or groups: of this model and adapter the gradients of single examples "
+            f"cannot be told ({wrong})",
             hint="name linear layers in model.adapter.targets that every token passes through, neither the output "
             "layer nor an embedding, or use privacy.dp site",
         )
@@ -147,33 +176,27 @@ def _first_wrong(language_model: LanguageModel, trainables: Trainables, backward
     draw = torch.Generator().manual_seed(0)
     for _, flat in trainables.values.floating():  # LoRA's B starts at zero, and A's gradient with it
         flat.copy_(torch.randn(flat.shape, generator=draw) * 0.05)
-    # without dropout, which would differ from pass to pass; the hooks listen to layers in training mode only
-    language_model.model.eval()
-    for module in language_model.model.modules():
-        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-            module.training = True
-    rows = [torch.randint(language_model.vocabulary, (n,), generator=draw) for n in _PROBE_LENGTHS]
+    language_model.model.eval()  # without dropout, which would differ from pass to pass
+    ids = torch.randint(language_model.vocabulary, (sum(_PROBE_LENGTHS),), generator=draw)
+    rows = [np.asarray(row, np.int32) for row in torch.split(ids, [*_PROBE_LENGTHS])]
+    tokens = Tokens.of([(row, np.arange(len(row)) > 0) for row in rows])
+    together, *alone = (
+        next(unit_batches(tokens, units, len(units), language_model.device)) for units in ([[0], [1]], [[0]], [[1]])
+    )
     with example_gradients(language_model, trainables) as examples:
-        together, _ = examples.take(_probe(rows, language_model.device), backward)
-        missing = next((name for name, gradient in together.items() if gradient is None), None)
-        if missing is not None:
-            return missing
-        together = {name: gradient.float() for name, gradient in together.items()}
-    for row, ids in enumerate(rows):
+        gradients, _ = examples.take(together, backward)
+    for name in examples.names:
+        if name not in gradients:
+            return name
+    for row, one in enumerate(alone):
         trainables.zero_gradients()
-        batch = _probe([ids], language_model.device)
-        backward(language_model, batch, _shares(batch))
+        backward(language_model, one.batch, one.weights)
         for name, gradient in trainables.gradients.items():
-            alone, found = gradient.float(), together[name][row]
-            if found.shape != alone.shape or float((found - alone).norm()) > _PROBE_TOLERANCE * float(alone.norm()):
+            expected, found = gradient.float(), gradients[name][row].float()
+            if found.shape != expected.shape or _norm(found - expected) > _PROBE_TOLERANCE * _norm(expected):
                 return name
     return ""
 
 
-def _probe(rows: list[Tensor], device: torch.device) -> Batch:
-    shape = (len(rows), max(map(len, rows)))
-    ids, labelled, examples = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool), None
-    for b, row in enumerate(rows):
-        ids[b, : len(row)], labelled[b, 1 : len(row)] = row, True
-    examples = torch.arange(len(rows))[:, None].expand(shape)
-    return Batch(ids.to(device), labelled.to(device), examples.to(device), None)
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.norm())

@@ -75,7 +75,7 @@ class Most:
         """By the steps that are asked of the site that takes most of them."""
         spec = recipe.training
         sequences = steps * spec.batch_size
-        if recipe.privacy.dp == "example":  # batches are drawn by coins; four times as many is beyond any chance
+        if recipe.privacy.noisy_steps:  # batches are drawn by coins; four times as many is beyond any chance
             sequences = 4 * sequences + 64
         return cls(sequences * (spec.max_tokens if spec.packing else 1), sequences * spec.max_tokens)
 
