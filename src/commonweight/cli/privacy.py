@@ -95,15 +95,15 @@ def plan(
             say(f"{recipe}: differential privacy is off: ε = ∞. Set privacy.dp to example, group or site to bound it.")
             say(f"  secure sums           {told} (over a network)")
         return
-    size = {"example": examples, "group": groups}
-    for unit, given in size.items():
-        if given is not None and unit != spec.dp:
+    given = {"example": examples, "group": groups}
+    for unit, number in given.items():
+        if number is not None and unit != spec.dp:
             raise RecipeError(
                 f"--{unit}s says how large a site is, which does not count with privacy.dp {spec.dp}",
                 hint=f"leave it out, or set privacy.dp: {unit}",
             )
     if spec.noisy_steps:
-        _plan_steps(str(recipe), loaded, size[spec.dp], sums, told, json)
+        _plan_steps(str(recipe), loaded, given[spec.dp], sums, told, json)
         return
     assert spec.delta is not None
     z = planned_noise(loaded)
