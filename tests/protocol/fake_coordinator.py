@@ -116,6 +116,7 @@ class FakeCoordinator:
     hasty: answers a push at the first broken chunk.
     refuse: (code, reason) for every upload.
     busy: uploads that cannot be opened now, but may be later.
+    lost: questions for a way that no answer comes to, but may later.
     abort: status with which `Attend` ends at once.
     """
 
@@ -130,6 +131,10 @@ class FakeCoordinator:
         self.frames: dict[str, Body] = {}
         self.fetched: Counter[int] = Counter()
         self.fetches: list[int] = []
+        self.wanted: list[str] = []
+        self.ways: dict[tuple[str, str], list[str]] = {}
+        self.asked: list[tuple[str, str]] = []
+        self.lost = 0
         self.pushed: Counter[int] = Counter()
         self.uploads: dict[str, Upload] = {}
         self.head: pb.AuditHead | None = None
@@ -241,6 +246,13 @@ class FakeCoordinator:
             upload.state = pb.UploadStatus.ACCEPTED
         return pb.UploadStatus(state=upload.state, upload=name, missing=missing)
 
+    async def CatchUp(self, request: pb.CatchUpRequest, context: Any) -> pb.CatchUpReply:
+        if self.lost > 0:
+            self.lost -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+        self.asked.append((request.held, request.wanted))
+        return pb.CatchUpReply(frames=self.ways.get((request.held, request.wanted), []))
+
     async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewReply:
         self.renewals += 1
         site = IdentityFolder.open(self.people.folder / "identities" / "site-north").holder
@@ -255,6 +267,7 @@ class FakeCoordinator:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no frame {request.frame}")
         assert body is not None
         self.fetches.append(request.first)
+        self.wanted.append(request.frame)
         yield Parcel(body.frame.header)
         for index in range(request.first, len(body.chunks)):
             chunk = body.chunks[index]

@@ -261,6 +261,8 @@ def _any() -> list[bytes]:
         pb.UploadStatus(state=pb.UploadStatus.OPEN, upload="u1", missing=[0, 1, 300]),
         pb.EnrolRequest(protocol=1, secret="s", csr=b"c", signing_key=bytes(32), possession=bytes(64)),
         pb.FetchRequest(run="a1", frame=DIGEST, first=3),
+        pb.CatchUpRequest(run="a1", held=DIGEST, wanted=DIGEST),
+        pb.CatchUpReply(frames=[DIGEST, DIGEST]),
     ]
     return [bytes([numbered[message.DESCRIPTOR.name]]) + encoded(message) for message in messages]
 

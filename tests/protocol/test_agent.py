@@ -105,10 +105,15 @@ class Bench:
         self.error: Exception | None = None
         self.base: Mapping[str, NamedTensors] = {}
         self.cancelled = 0
+        self.drawn = NamedTensors.of({})
 
     def join(self, job: Any, progress: Any = None) -> dict[str, Any]:
         self.calls.append(f"join {job.id}")
         return {"steps": 2, "groups": ["1", "1", "2"], "train_examples": 5}
+
+    def initial(self, run: str, progress: Any = None) -> NamedTensors:
+        self.calls.append("initial")
+        return self.drawn
 
     def train(
         self, run: str, task: TrainTask, base: Mapping[str, NamedTensors], *, cancelled: Any, progress: Any, **_: Any

@@ -77,6 +77,8 @@ def test_other_kinds_of_updates_have_the_bits_of_one_machine(make_recipe: MakeRe
             "privacy": {"secure_aggregation": "on", "secure_group_size": 3},
             "federation": {"strategy": "median"},
         },
+        "small-down": {"compression": {"down": small}, "federation": {"cohort": 2, "strategy": "fedadam", "rounds": 4}},
+        "small-both": {"compression": {"round": "sign", "down": "auto"}},
         "parts": {"model": {"name": plain.model.name, "adapter": adapter}, "federation": {"strategy": "hetlora"}},
     }
     with sandbox(plain, tmp_path) as federation:
@@ -114,8 +116,9 @@ def same_bits(federation: Sandbox, name: str, recipe: Recipe, folder: Path) -> s
     assert found["adapter"]["digest"] == expected["adapter"]["digest"], name
     for key in ("arms", "samples", "gains", "clusters"):
         assert without_seconds(found.get(key)) == without_seconds(expected.get(key)), (name, key)
-    assert heard.count("round_committed") == 2
-    assert [r["bytes_up"] for r in found["rounds"]] == [r["bytes_up"] for r in expected["rounds"]], name
+    assert heard.count("round_committed") == recipe.federation.rounds
+    for way in ("bytes_up", "bytes_down"):
+        assert [one[way] for one in found["rounds"]] == [one[way] for one in expected["rounds"]], (name, way)
     fetched, here = (adapters(folder / place) for place in (name, f"{name}-here"))
     assert len(here) == (1 + len(expected["clusters"]["found"]) if "clusters" in expected else 1)
     assert fetched == here, name

@@ -11,15 +11,18 @@ from typing import Any, cast
 import pytest
 import torch
 
+from commonweight.codec.coded import Payloads
+from commonweight.codec.down import add_to, down_of
 from commonweight.coordinator.blobs import Blobs
 from commonweight.coordinator.frame_files import FrameFiles, FrameWriter
-from commonweight.coordinator.stored_model import StoredModel
+from commonweight.coordinator.stored_model import StoredModel, frames_of
 from commonweight.coordinator.stored_updates import StoredUpdate
 from commonweight.coordinator.vault import SealedFile
 from commonweight.errors import RecipeError, RoundError, StateError, StorageError
 from commonweight.federation.folder import RunFolder
 from commonweight.federation.global_model import MemoryModel
 from commonweight.model.tensors import NamedTensors
+from commonweight.recipe.schema import DownSpec
 from commonweight.registry import names, resolve
 from commonweight.strategies import side_by_side
 from commonweight.strategies.asynchronous import AsynchronousStrategy
@@ -27,6 +30,7 @@ from commonweight.strategies.base import SumStrategy
 from commonweight.strategies.side_by_side import SideBySideStrategy
 from commonweight.strategies.update import Update
 from commonweight.wire.frames import Channel, Frame, Plan, frame_of, piece_of
+from commonweight.wire.manifest import check_coded_frame
 
 KEY = bytes(range(32))
 SITES = ("north", "south", "west", "east", "isles", "coast", "moor", "fen")
@@ -127,6 +131,52 @@ def test_the_same_bits_as_in_memory(name: str, mixed: bool, tmp_path: Path, monk
         frame = files.open(digest)
         read = torch.cat([frame.tensor(p).double() for p in frame.frame.plan.pieces if p.channel == slot])
         assert torch.equal(read, torch.cat([flat.double() for flat in held.flats.values()]))
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
+@pytest.mark.parametrize("name", ["fedadam", "median", "lora-fair"])
+def test_what_goes_down_small_has_the_bits_of_memory(
+    name: str, mixed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What sites hold, and what is late; a coordinator that takes over after each round; a site that adds what it is
+    sent. Spans end within chunks."""
+    monkeypatch.setattr("commonweight.codec.chain.spans.__defaults__", (700,))
+    theta, chunk_bytes = tensors(0, mixed=mixed), 2048
+    spec = DownSpec.model_validate({"shorten": {"name": "random-k", "keep": 0.5}, "round": "nf4", "pack": "huffman"})
+    down, there = down_of(spec, theta.layout, 7), theta.clone()
+    assert down is not None
+    assert len(down.coder.spans) > 9
+    folder = RunFolder(tmp_path / "run", resume=False)
+    memory = MemoryModel(strategy_of(name), theta.clone(), folder, lambda theta, path: None, down=down)
+    memory.first()
+    files = files_in(tmp_path)
+    base_plan = Plan(theta.layout, (Channel("theta"),), chunk_bytes)
+    initial = files.write({"theta": theta}, base_plan)
+    record = StoredModel(strategy_of(name), files, initial.digest, down=down).first()
+    for number in (1, 2, 3):
+        stored = StoredModel(strategy_of(name), files, initial.digest, down=down)
+        stored.restore(number - 1, record)
+        memory.open()
+        stored.open()
+        for place, (site, weight) in enumerate(zip(SITES[:3], WEIGHTS[:3], strict=True)):
+            channels = {"delta": tensors(100 * number + place, mixed=mixed)}
+            memory.fold(Update(site, number, channels, weight, 1, 1, 1))
+            stored.fold(stored_update(tmp_path, site, weight, channels, chunk_bytes, number))
+        sent_bytes = memory.close(number)["down"]["bytes"]
+        record = stored.close(number)
+        assert stored.digest() == memory.state.theta.digest()
+        assert frames_of(record) <= set(files.digests())
+        sent = files.open(record["down"]["frame"])
+        assert sent.frame.plan.num_bytes == record["down"]["bytes"] == sent_bytes
+        check_coded_frame(sent.frame, down.coder, ("theta",))
+        layout = sent.frame.plan.layout
+        whole = {dtype: sent.elements("coded", dtype, 0, numel) for dtype, numel in layout.numels.items()}
+        parts = NamedTensors(layout, whole)
+        body = parts["payloads"].numpy().tobytes()
+        lengths, choices = parts["lengths"].tolist(), parts["choices"].tolist()
+        payloads = Payloads(down.coder, ("theta",), lengths, choices, len(body), lambda a, b, body=body: body[a:b])
+        add_to(there, down.coder, payloads)
+        assert frame_of({"theta": there}, base_plan).digest == record["base"]
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])

@@ -14,6 +14,7 @@ from .. import __version__
 from ..errors import CommonweightError, QuorumError, StorageError, UnreachableError
 from ..evaluate.report import write_report
 from ..federation.asynchronous import with_equal_budget
+from ..federation.catch_up import sizes_of, still_of_use
 from ..federation.clusters import check_clusters, clusters_of, largest
 from ..federation.controls import run_controls
 from ..federation.evaluation import Evaluation
@@ -34,7 +35,7 @@ from .plans import RunPlan
 from .roster import Roster
 from .secure_sums import NetworkSums
 from .store import LeaseLost, StoreJournal, StoreLedger
-from .stored_model import Combining, StoredModel
+from .stored_model import Combining, StoredModel, frames_of
 from .versions import Versions
 
 #: events wait at most this long in memory before others can read them
@@ -64,13 +65,16 @@ class NetworkShelf:
     def forget(self, round: int, answered: Sequence[str]) -> None:
         """Delete individual updates that were folded, and frames that nobody will ask for again."""
         self.forget_updates()
-        states = {n: record["state"] for n, record in self.journal.commits().items()}
+        commits = self.journal.commits()
+        states = {n: record["state"] for n, record in commits.items()}
         kept = states if self.keep_rounds == "all" else dict(list(states.items())[-int(self.keep_rounds) :])
         last = states[max(states)]
-        wanted = {state["base"] for state in kept.values()} | {last["base"], last["slots"], self.model.initial}
-        wanted |= self.here.store.bases_in_use(self.run_id)
+        wanted = {state["base"] for state in kept.values()} | {last["slots"], last.get("late"), self.model.initial}
+        wanted |= {last["base"], *self.here.store.bases_in_use(self.run_id)}
+        of_use = still_of_use(sizes_of(commits), self.model.layout.num_bytes)
+        wanted |= {states[number]["down"]["frame"] for number in of_use}
         # a frame that is in no commit may be another leader's, who is about to commit it
-        known = {state[name] for state in states.values() for name in ("base", "slots")}
+        known = set().union(*map(frames_of, states.values()))
         files = self.here.files(self.run_id)
         files.forget([digest for digest in files.digests() if digest in known - wanted])
 
@@ -215,7 +219,8 @@ class Conductor:
         relays = tuple(recipe.federation.relays)
         check_sums(recipe, len(first.names))
         secure = NetworkSums(engine, journal, here.authority.certificate_pem) if plan.secure else None
-        model = StoredModel(strategy, here.files(self.run_id), plan.initial.digest, private, relays, secure)
+        files = here.files(self.run_id)
+        model = StoredModel(strategy, files, plan.initial.digest, private, relays, secure, plan.down)
         trainable = sum(plan.layout.numels.values())
         events.emit(
             "engine_started",

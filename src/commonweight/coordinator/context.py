@@ -22,6 +22,7 @@ from ..identity.keys import AUDIT, SigningKey
 from ..wire.protocol_pb2 import AuditHead
 from ..wire.refusals import Refusal, Refused
 from .blobs import Blobs
+from .catch_ups import CatchUps
 from .denials import Denials
 from .frame_files import FrameFiles
 from .hub import Hub
@@ -61,6 +62,7 @@ class Context:
         self.authority = Authority.load(folder / "authority")
         self.signing_key = SigningKey.load(folder / "server" / "signing.key")
         self.plans = Plans(self.store, settings.strategies)
+        self.catch_ups = CatchUps(self.store)
         self.spares = Spares(self.scratch / "spares")
         self.metrics = Metrics()
         self.denials = Denials(self.store)

@@ -75,15 +75,16 @@ class StoredFrame:
         plan = self.frame.plan
         out = torch.empty(stop - start, dtype=plan.held_as(channel, dtype))
         into = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
-        self._read(into, element_offset(plan, self._offsets, channel, dtype, start))
+        _read(self._fd, self.path, into, element_offset(plan, self._offsets, channel, dtype, start))
         return out
 
     def read_into(self, piece: Piece, out: memoryview) -> None:
-        self._read(out, self._offsets[piece.index])
+        _read(self._fd, self.path, out, self._offsets[piece.index])
 
-    def _read(self, out: memoryview, offset: int) -> None:
-        if os.preadv(self._fd, [out], offset) != out.nbytes:
-            raise StateError(f"{self.path} is damaged: it ends early", hint="restore the blob store from a copy")
+
+def _read(fd: int, path: Path, out: memoryview, offset: int) -> None:
+    if os.preadv(fd, [out], offset) != out.nbytes:
+        raise StateError(f"{path} is damaged: it ends early", hint="restore the blob store from a copy")
 
 
 class FrameWriter:
@@ -119,6 +120,13 @@ class FrameWriter:
         for piece in self.plan.pieces.over(channel, dtype, start, start + values.numel()):
             self._changed.add(piece.index)
         self._write(bytes_of(values), element_offset(self.plan, self._offsets, channel, dtype, start))
+
+    def elements(self, channel: str, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
+        """Elements of one flat that were written."""
+        out = torch.empty(stop - start, dtype=self.plan.held_as(channel, dtype))
+        into = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
+        _read(self._fd, self.path, into, element_offset(self.plan, self._offsets, channel, dtype, start))
+        return out
 
     def _write(self, data: memoryview, offset: int) -> None:
         with storage_errors(self.path):

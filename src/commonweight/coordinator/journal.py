@@ -102,10 +102,10 @@ class JournalPart(Part):
         return int(connection.execute(_LAST, {"of": run}).scalar_one() or 0)
 
     @reading
-    def commits(self, connection: sa.Connection, run: str) -> dict[int, dict[str, Any]]:
-        """Every committed round's record, in order."""
-        query = sa.select(commits.c.round, commits.c.record).where(commits.c.run == run).order_by(commits.c.round)
-        return {row.round: json.loads(row.record) for row in connection.execute(query)}
+    def commits(self, connection: sa.Connection, run: str, after: int = -1) -> dict[int, dict[str, Any]]:
+        """Every committed round's record, in order; `after`: of later rounds only."""
+        query = sa.select(commits.c.round, commits.c.record).where(commits.c.run == run, commits.c.round > after)
+        return {row.round: json.loads(row.record) for row in connection.execute(query.order_by(commits.c.round))}
 
     @writing
     def put_result(self, tx: Writing, lease: Lease, key: str, record: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..codec.down import Down, down_of
 from ..codec.feedback import Coder, coder_of
 from ..errors import RecipeError, StateError
 from ..federation.asynchronous import check_asynchronous
@@ -88,7 +89,7 @@ class RunPlan:
         channels = self.initial.plan.channels
         if channels != (Channel("theta"),):
             raise Refused(Refusal.WRONG_SHAPE, f"a job's initial tensors are one channel theta, not {len(channels)}")
-        _ = self.shapes, self.coder
+        _ = self.shapes, self.coder, self.down
 
     @property
     def layout(self) -> Layout:
@@ -112,6 +113,11 @@ class RunPlan:
     def coder(self) -> Coder | None:
         """What updates are made small by; None: nothing."""
         return coder_of(self.recipe.compression, self.layout, self.recipe.seed, len(self.update_channels))
+
+    @cached_property
+    def down(self) -> Down | None:
+        """What global tensors are made small by on their way to the sites; None: nothing."""
+        return down_of(self.recipe.compression.down, self.layout, self.recipe.seed)
 
     @property
     def secure(self) -> bool:

@@ -15,6 +15,8 @@ from ..wire.messages import check_site_message
 from ..wire.protocol_pb2 import (
     Ahead,
     Bye,
+    CatchUpReply,
+    CatchUpRequest,
     CoordinatorMessage,
     FetchRequest,
     Heartbeat,
@@ -238,6 +240,16 @@ class FederationService(Pushes):
         return RegionReply(waiting=[site for site in sites_of(row) if site in waiting], over=not row.is_open)
 
     # --- global tensors
+
+    async def CatchUp(self, request: CatchUpRequest, holder: Holder, context: Any) -> CatchUpReply:
+        """What leads a site to the tensors that it wants, if that is less than they are."""
+        plan = await self.here.away(self.here.plan_for, request.run, holder)
+        for digest in (request.held, request.wanted):
+            check_text("the digest of global tensors", digest, DIGEST)
+        whole, run = plan.layout.num_bytes, plan.job.id
+        return CatchUpReply(
+            frames=await self.here.away(self.here.catch_ups.frames, run, request.held, request.wanted, whole)
+        )
 
     async def Fetch(self, request: FetchRequest, holder: Holder, context: Any) -> AsyncIterator[Parcel]:
         await self.here.away(self.here.plan_for, request.run, holder)

@@ -9,6 +9,8 @@ compares them).
 
     base   the frame that sites start from: channel `theta`, and the slots that the strategy broadcasts
     slots  the frame of the other slots, which stay here
+
+Where the way down is coded, the base is what sites hold, and there are two frames more (`stored_down.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from ..codec.down import Down
 from ..federation.messages import Engine
 from ..federation.private_rounds import PrivateRounds
 from ..federation.relays import merge_partials
@@ -40,6 +43,7 @@ from ..wire.frames import Channel, Piece, Plan
 from .coded_updates import CodedFile
 from .frame_files import FrameFiles, FrameWriter, StoredFrame
 from .masked_updates import GroupReader, MaskedUpdates, OpenedSum
+from .stored_down import Followed, StoredDown
 from .stored_updates import WORKERS, InFiles, StoredPartial, StoredUpdate
 from .vault import SealedFile
 
@@ -91,6 +95,7 @@ class StoredModel:
         private: makes rounds' sums private; None: they are not.
         relays: in the order in which their sums are merged.
         secure: updates come masked, and this opens their sums; None: they come as they are.
+        down: makes what a round has changed small on its way to the sites; None: it is sent as it is.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class StoredModel:
         private: PrivateRounds | None = None,
         relays: Sequence[str] = (),
         secure: Opening | None = None,
+        down: Down | None = None,
     ) -> None:
         self.strategy, self.files, self.initial, self.private = strategy, files, initial, private
         self.secure = secure
@@ -113,6 +119,9 @@ class StoredModel:
         self.base_plan = Plan(plan.layout, tuple(sent), plan.chunk_bytes)
         self.slot_plan = Plan(plan.layout, tuple(kept), plan.chunk_bytes) if kept else None
         self.base, self.slots = initial, ""
+        self.down = None if down is None else StoredDown(down, files, self.base_plan)
+        self._followed: Followed | None = None
+        self._late = ""
         self.clusters: dict[str, int] = {}
         self.totals: Totals | None = None
         self.spoilt: Mapping[int, str] = {}
@@ -146,10 +155,14 @@ class StoredModel:
 
     def record(self) -> dict[str, Any]:
         """What the journal keeps of the state."""
-        return {"base": self.base, "slots": self.slots}
+        return {
+            "base": self.base,
+            "slots": self.slots,
+            **(self._followed.record if self._followed is not None else {}),
+        }
 
     def restore(self, round: int, record: Mapping[str, Any]) -> None:
-        self.base, self.slots = record["base"], record["slots"]
+        self.base, self.slots, self._late = record["base"], record["slots"], record.get("late", "")
         self.committed(round)  # a crash may have come between the commit and this
         self.files.open(self.base)  # missing or damaged: said before anything is asked of the sites
 
@@ -178,7 +191,7 @@ class StoredModel:
             self.strategy.private = self.private.mean(round)
         if round == self.strategy.grouping_round:
             self._group()
-        base = self.files.open(self.base)
+        base, after = self.files.open(self.base), self.slots
         slots = self.files.open(self.slots) if self.slots else None
         with FrameWriter(self.files, self.base_plan) as new_base:
             if self.slot_plan is None or slots is None:
@@ -186,8 +199,13 @@ class StoredModel:
             else:
                 with FrameWriter(self.files, self.slot_plan) as new_slots:
                     self._combine(base, slots, new_base, new_slots)
-                    self.slots = new_slots.finish().digest
-            self.base = new_base.finish().digest
+                    after = new_slots.finish().digest
+            if self.down is None:
+                self.base = new_base.finish().digest
+            else:
+                self._followed = self.down.follow(round, base, self._late, new_base)
+                self.base, self._late = self._followed.base, self._followed.late
+            self.slots = after
         if 0 < self.strategy.grouping_round <= round:
             self.clusters.update({update.site: update.cluster for update in self._updates})
         self._updates = []
@@ -314,6 +332,12 @@ class StoredModel:
             if piece.channel == channel_of(cluster):
                 sha.update(bytes_of(base.tensor(piece).to(piece.dtype)))
         return sha.hexdigest()
+
+
+def frames_of(state: Mapping[str, Any]) -> set[str]:
+    """The frames that a committed state names."""
+    named = {state["base"], state["slots"], state.get("late", ""), state.get("down", {}).get("frame", "")}
+    return named - {""}
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ MAY: Mapping[str, frozenset[str]] = MappingProxyType(
         "Federation/OpenUpload": frozenset({SITE}),
         "Federation/OpenPartial": frozenset({RELAY}),
         "Federation/Region": frozenset({RELAY}),
+        "Federation/CatchUp": frozenset({SITE}),
         "Federation/Renew": frozenset({SITE, RELAY}),
         "Transfer/Fetch": frozenset({SITE}) | _USERS,
         "Transfer/Push": frozenset({SITE, RELAY, LEAD}),

@@ -77,14 +77,8 @@ def check_methods(recipe: Recipe, *, network: bool = False, objective: bool = Tr
     _check_method("strategy", ("federation", "strategy"), recipe.federation.strategy)
     if objective:
         _check_method("objective", ("training", "objective"), recipe.training.objective)
-    _check_codec(recipe.compression, network=network)
-    _check_codec(recipe.compression.down, network=network)
+    check_codecs(recipe, network=network)
     check_pairings(recipe, network=network)
-    if network and recipe.compression.down.has_stages:
-        raise RecipeError(
-            "`compression.down`: over a network global tensors are sent as they are",
-            hint="leave it out, or carry the recipe out by `commonweight run`",
-        )
     if network and recipe.privacy.canaries.count:
         raise RecipeError(
             "`privacy.canaries`: over a network nobody may see which canaries a site has planted and ask the model too",
@@ -92,8 +86,15 @@ def check_methods(recipe: Recipe, *, network: bool = False, objective: bool = Tr
         )
 
 
-def _check_codec(spec: CodecSpec, *, network: bool) -> None:
-    for stage, kind in STAGES.items():
+def check_codecs(recipe: Recipe, *, network: bool) -> None:
+    """Find the classes of the stages that make tensors small, and let each check its options.
+
+    Raises:
+        RecipeError: no such stage, an option that it does not take; or, over a network, one that is not commonweight's
+            own, whose class is not imported.
+    """
+    both: tuple[CodecSpec, ...] = (recipe.compression, recipe.compression.down)
+    for spec, stage, kind in ((spec, *item) for spec in both for item in STAGES.items()):
         method, loc = getattr(spec, stage), (*spec.loc, stage)
         if method.name == NO_STAGE:
             continue

@@ -38,6 +38,7 @@ from ..wire.refusals import Refused
 from ..wire.service import PROTOCOL_MAX, PROTOCOL_MIN
 from .ahead import Ahead
 from .audit import SiteAudit
+from .catch_up import CatchUp
 from .door import Door, RelayGone
 from .gate import ANSWERS, STATES, Alarm, Gate, KnownJob, task_of
 from .inbox import Inbox
@@ -168,6 +169,7 @@ class Agent:
         self.inbox, self.outbox = Inbox(runs), Outbox(runs)
         self.link = Link(open_channel or self._dial, self, self.log)
         self.transfer = Transfer(self.link, self.inbox, self.log)
+        self.catch_up = CatchUp(self.link, self.transfer, self.inbox, self.log)
         self._hand = _Hand()
         self._numbers = itertools.count()
         self._heads: asyncio.Queue[tuple[pb.AuditHead, bytes]] = asyncio.Queue()
@@ -637,7 +639,8 @@ class Agent:
         def wanted() -> set[str]:
             return {other.task.base for other in self._hand.of_run(task.run)}
 
-        return await self.transfer.fetch(task.run, task.base, task.round, layout=known.layout, wanted=wanted)
+        initial = lambda: self._do_work(item, lambda: self.workshop.initial(task.run, item.tell))  # noqa: E731
+        return await self.catch_up.fetch(known, task.base, task.round, initial, wanted)
 
     async def _do_work(self, item: _Item, work: Callable[[], T]) -> T:
         """Do work in the executor. Cancelled, it waits until the work has noticed, for nothing may run beside it."""

@@ -27,6 +27,7 @@ from ..identity.jobs import verify_job
 from ..identity.keys import AUDIT, verify
 from ..model.tensors import Layout
 from ..privacy.spending import UNPROTECTED, Spend
+from ..recipe.load import check_codecs
 from ..recipe.problems import validate
 from ..recipe.schema import FederationSpec, Recipe
 from ..recipe.source import read_source
@@ -146,6 +147,7 @@ class Gate:
         job, holder = verify_job(signed, run, self._identity().authority)
         plan = parse_header(job.initial).plan
         recipe = validate(Recipe, read_source(job.recipe, "the job's recipe"))
+        check_codecs(recipe, network=True)  # the code of others is not loaded for a job alone
         facts = _facts(job, recipe, holder, self._identity().holder.name)
         digest = hashlib.sha256(signed.job).digest()
         return KnownJob(job, digest, facts, recipe, plan.layout, plan.chunk_bytes)

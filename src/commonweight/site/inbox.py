@@ -18,7 +18,7 @@ import torch
 
 from ..errors import StorageError
 from ..federation.folder import replacing, storage_errors
-from ..model.tensors import NamedTensors, accumulator_dtype
+from ..model.tensors import Layout, NamedTensors, accumulator_dtype
 from ..wire.frames import Frame, Piece, chunk_digest, header_digest, parse_header, piece_of
 from ..wire.refusals import Refused
 
@@ -160,6 +160,9 @@ class _Held:
     round: int
     tensors: dict[str, NamedTensors]
 
+    def is_of(self, layout: Layout) -> bool:
+        return all(tensors.layout == layout for tensors in self.tensors.values())
+
 
 @dataclass
 class Inbox:
@@ -234,6 +237,34 @@ class Inbox:
         self._open[run, digest] = _Held(round, tensors)
         self._tidy(run, round, {digest, *wanted})
         return tensors
+
+    def latest(self, run: str, layout: Layout) -> str | None:
+        """The digest of the frame of this layout that came last of those that lie here whole, whichever process fetched
+        it; None: there is none."""
+        held = [digest for (of, digest), found in self._open.items() if of == run and found.is_of(layout)]
+        if held:
+            return held[-1]
+        bodies = [body for digest in self._on_disk(run) if (body := self._body(run, digest)).is_file()]
+        for body in sorted(bodies, key=lambda body: body.stat().st_mtime_ns, reverse=True):
+            digest = body.stem.removeprefix("base-")
+            arrival = self.resume(run, digest)
+            if arrival is not None and arrival.frame.plan.layout == layout and arrival.first_missing() is None:
+                return digest
+        return None
+
+    def put(
+        self, run: str, round: int, frame: Frame, tensors: Mapping[str, NamedTensors], *, wanted: Iterable[str] = ()
+    ) -> dict[str, NamedTensors]:
+        """Keep a frame that was made here as if it had been fetched; `wanted` as `finish` has it.
+
+        Raises:
+            StorageError: there is no room.
+        """
+        header, body = self._header(run, frame.digest), self._body(run, frame.digest)
+        with replacing(header) as temporary:
+            temporary.write_bytes(frame.header)
+        write_frame(body, frame, tensors)
+        return self.finish(run, round, Arrival(FrameFile(body, frame), bytearray()), wanted=wanted)
 
     def forget(self, run: str) -> None:
         """Delete a run's frames."""

@@ -78,12 +78,13 @@ def dial(identity: IdentityFolder, address: str, *, relay: str = "") -> grpc.aio
 
 
 def transfers(channel: grpc.aio.Channel) -> dict[str, Callable[..., Any]]:
-    """The methods by which tensors go over a connection. An upload is opened over the one that it is pushed over:
-    behind a load balancer another may lead to another replica, which knows nothing of it."""
+    """The methods by which tensors go over a connection, and by which one asks for them. An upload is opened over the
+    one that it is pushed over: behind a load balancer another may lead to another replica, which knows nothing of it.
+    """
     federation = stub(channel, FEDERATION)
     return {
         **stub(channel, TRANSFER),
-        **{name: federation[name] for name in ("OpenAhead", "OpenUpload", "OpenPartial")},
+        **{name: federation[name] for name in ("OpenAhead", "OpenUpload", "OpenPartial", "CatchUp")},
     }
 
 

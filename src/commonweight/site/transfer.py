@@ -111,18 +111,23 @@ class Transfer:
         self._link, self._inbox, self._log = link, inbox, log
 
     async def fetch(
-        self, run: str, digest: str, round: int, *, layout: Layout, wanted: Callable[[], Iterable[str]] = tuple
+        self,
+        run: str,
+        digest: str,
+        round: int,
+        *,
+        fits: Callable[[Frame], None],
+        wanted: Callable[[], Iterable[str]] = tuple,
     ) -> dict[str, NamedTensors]:
         """The channels of a frame, fetched unless they are here.
 
         Args:
             digest: the frame's, in hex.
-            layout: what its tensors must be, by the signed job.
+            fits: raises what is to be raised if its header is not one that is expected here (`of_layout`).
             wanted: digests that other tasks in hand name; their frames are not written over, nor deleted.
 
         Raises:
-            SiteError: it is another frame than asked for, its tensors are not the job's, or a chunk came broken
-                three times.
+            SiteError: it is another frame than asked for, or a chunk came broken three times; as `fits`.
             StorageError: no room for it.
         """
         held = self._inbox.held(run, digest)
@@ -133,7 +138,7 @@ class Transfer:
         while arrival is None or arrival.first_missing() is not None:
             session = await self._link.session()
             try:
-                arrival = await self._fetch_some(session, run, digest, arrival, layout, course, wanted)
+                arrival = await self._fetch_some(session, run, digest, arrival, fits, course, wanted)
             except (UnreachableError, TimeoutError) as error:
                 arrival = arrival or await asyncio.to_thread(self._inbox.resume, run, digest)
                 await course.wait(error)
@@ -145,7 +150,7 @@ class Transfer:
         run: str,
         digest: str,
         arrival: Arrival | None,
-        layout: Layout,
+        fits: Callable[[Frame], None],
         course: _Course,
         wanted: Callable[[], Iterable[str]],
     ) -> Arrival:
@@ -157,7 +162,9 @@ class Transfer:
             if header_digest(header) != digest:
                 raise SiteError(f"the coordinator sent another frame than {digest[:12]}, which was asked for")
             if arrival is None:
-                arrival = self._inbox.begin(run, _frame(header, layout), wanted=wanted())
+                frame = parse_header(header)
+                fits(frame)
+                arrival = self._inbox.begin(run, frame, wanted=wanted())
             for index in range(first, len(arrival.held)):
                 if arrival.held[index]:
                     return arrival
@@ -292,11 +299,14 @@ class _Push:
         self.counted |= fresh
 
 
-def _frame(header: bytes, layout: Layout) -> Frame:
-    frame = parse_header(header)
-    if frame.plan.layout != layout:
-        raise SiteError("the global tensors' names, shapes or dtypes are not those of the signed job")
-    return frame
+def of_layout(layout: Layout) -> Callable[[Frame], None]:
+    """Demands of a frame the tensors of the signed job: raises SiteError if it has others."""
+
+    def fits(frame: Frame) -> None:
+        if frame.plan.layout != layout:
+            raise SiteError("the global tensors' names, shapes or dtypes are not those of the signed job")
+
+    return fits
 
 
 async def _next(call: Any) -> bytes:

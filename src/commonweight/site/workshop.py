@@ -91,6 +91,10 @@ class Workshop(Protocol):
         """Open a job's recipe, data and model, and say what the coordinator needs to know: `steps` a round, `groups`
         of the held-out rows as codes, `layout` of the update, and counts."""
 
+    def initial(self, run: str, progress: Progress = quiet) -> NamedTensors:
+        """The global tensors with which a run that was joined begins, drawn from its recipe's seed; not to be written
+        to."""
+
     def train(
         self,
         run: str,
@@ -159,7 +163,7 @@ class RecipeWorkshop:
         self._open: OrderedDict[str, Bench] = OrderedDict()
         self._ended: set[str] = set()
 
-    # --- the four things that a site is asked for ---
+    # --- what a site is asked for ---
 
     def join(self, job: JobLike, progress: Progress = quiet) -> dict[str, Any]:
         """See `Workshop`.
@@ -179,6 +183,15 @@ class RecipeWorkshop:
                 )
             bench = self._first_bench(job, progress) if joined is None else self._bench(job.id, progress)
             return self._facts(bench)
+
+    def initial(self, run: str, progress: Progress = quiet) -> NamedTensors:
+        """See `Workshop`.
+
+        Raises:
+            SiteError: the run was not joined, or something failed.
+        """
+        with self._turn("drawing the initial tensors", never), self._sweeping(run):
+            return self._bench(run, progress).theta
 
     def train(
         self,

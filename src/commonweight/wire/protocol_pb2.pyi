@@ -862,6 +862,57 @@ class RegionReply(_message.Message):
 Global___RegionReply: _TypeAlias = RegionReply  # noqa: Y015
 
 @_typing.final
+class CatchUpRequest(_message.Message):
+    """Where global tensors are made small on their way down: what leads from those that a site holds to others."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    held: _builtins.str
+    """hex digest of a frame of the run's global tensors"""
+    wanted: _builtins.str
+    """likewise"""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        held: _builtins.str = ...,
+        wanted: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "run", b"run", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CatchUpRequest: _TypeAlias = CatchUpRequest  # noqa: Y015
+
+@_typing.final
+class CatchUpReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """coded differences, to be added in this order; none: fetch what is wanted itself"""
+
+    def __init__(
+        self,
+        *,
+        frames: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CatchUpReply: _TypeAlias = CatchUpReply  # noqa: Y015
+
+@_typing.final
 class UploadStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -69,6 +69,7 @@ FEDERATION = _methods(
         "OpenUpload": ("unary_unary", pb.SignedManifest, pb.UploadStatus),
         "OpenPartial": ("unary_unary", pb.SignedPartial, pb.UploadStatus),
         "Region": ("unary_unary", pb.RegionRequest, pb.RegionReply),
+        "CatchUp": ("unary_unary", pb.CatchUpRequest, pb.CatchUpReply),
         "Renew": ("unary_unary", pb.RenewRequest, pb.RenewReply),
     },
 )
