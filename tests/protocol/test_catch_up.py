@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from commonweight.codec.coded import CHOICES, CODED, LENGTHS, PAYLOADS, Payloads, packed
+from commonweight.codec.coded import CHOICES, CODED, LENGTHS, PAYLOADS, Packer, Payloads
 from commonweight.codec.down import THETA, Down, add_to, down_of
 from commonweight.identity.folder import IdentityFolder
 from commonweight.model.tensors import NamedTensors
@@ -52,10 +52,12 @@ class Journey(Stage):
         late = NamedTensors.zeros(model.layout, wide=True)
         for round in range(1, VERSIONS + 1):
             after = theta(round)[THETA]
-            coded = list(self.down.follow(round, self.models[-1], after, late))
+            packer = Packer(self.down.coder)
+            for coded in self.down.follow(round, self.models[-1], after, late):
+                packer.add(coded)
             self.models.append(after)
             self.bodies.append(Body.of({THETA: after}))
-            self.sent.append(Body.of({CODED: packed(coded, self.down.seed(round))}))
+            self.sent.append(Body.of({CODED: packer.packed(self.down.seed(round))}))
         for body in (*self.bodies, *self.sent):
             self.coordinator.add(body)
         self.job(RECIPE + "compression: {down: {round: int8, pack: huffman}}\n")

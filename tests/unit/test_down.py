@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from commonweight.codec.coded import CHOICES, LENGTHS, PAYLOADS, Payloads, packed
+from commonweight.codec.coded import CHOICES, LENGTHS, PAYLOADS, Packer, Payloads
 from commonweight.codec.down import THETA, Down, add_to, down_of, num_bytes
 from commonweight.errors import RecipeError, RoundError
 from commonweight.federation.catch_up import bytes_to_catch_up, chain, still_of_use
@@ -75,8 +75,10 @@ def test_nothing_is_lost_only_late(name: str, mixed: bool) -> None:
     for round in range(1, 9):
         after = moved(theta, tensors(round, 0.1, mixed=mixed))
         expected = expected + (numbers(after) - numbers(theta))
-        coded = list(way.follow(round, theta, after, late))
-        sent = packed(coded, way.seed(round))
+        coded, packer = list(way.follow(round, theta, after, late)), Packer(way.coder)
+        for one in coded:
+            packer.add(one)
+        sent = packer.packed(way.seed(round))
         assert sent.layout.num_bytes == num_bytes([len(one.payload) for one in coded])
         add_to(there, way.coder, read(way, sent))
         assert there.digest() == after.digest()

@@ -59,10 +59,11 @@ class Packer:
         self._held[LENGTHS].copy_(torch.tensor(self._lengths, dtype=torch.int32))
         self._held[CHOICES].copy_(torch.tensor([seed, self._codec], dtype=torch.int64))
         flats = {**self._held.flats, torch.uint8: self._held.flats[torch.uint8][: self._size]}
-        return NamedTensors(_layout(len(self._lengths), self._size), flats)
+        return NamedTensors(layout_of(len(self._lengths), self._size), flats)
 
 
-def _layout(lengths: int, payloads: int) -> Layout:
+def layout_of(lengths: int, payloads: int) -> Layout:
+    """The layout of so many payloads, of so many bytes together."""
     return Layout(
         (
             Entry(CHOICES, torch.int64, (2,), 0, 2),
@@ -74,7 +75,7 @@ def _layout(lengths: int, payloads: int) -> Layout:
 
 def most_layout(coder: Coder, channels: int) -> Layout:
     """The layout of the largest update of so many channels. A smaller one begins as it does."""
-    return _layout(channels * len(coder.spans), _most(coder, channels))
+    return layout_of(channels * len(coder.spans), _most(coder, channels))
 
 
 def _most(coder: Coder, channels: int) -> int:

@@ -14,10 +14,10 @@ from typing import IO, Any
 
 import torch
 
-from ..codec.coded import CHOICES, CODED, LENGTHS, PAYLOADS
+from ..codec.coded import CODED, layout_of
 from ..codec.down import THETA, Down
 from ..federation.folder import storage_errors
-from ..model.tensors import Layout, accumulator_dtype, bytes_of
+from ..model.tensors import accumulator_dtype, bytes_of
 from ..wire.frames import Channel, Frame, Plan, plan_for
 from .frame_files import FrameFiles, FrameWriter, StoredFrame
 
@@ -85,18 +85,16 @@ class StoredDown:
             return Followed(base.finish().digest, new_late.finish().digest, sent.digest, sent.plan.num_bytes)
 
     def _packed(self, round: int, lengths: list[int], body: IO[bytes]) -> Frame:
-        """The frame of the difference, whose payloads lie in a file (`codec.coded.packed`)."""
-        heads = {
-            LENGTHS: torch.tensor(lengths, dtype=torch.int32),
-            CHOICES: torch.tensor([self.down.seed(round), 0], dtype=torch.int64),
-        }
-        payloads = torch.empty(sum(lengths), dtype=torch.uint8, device="meta")
-        layout = Layout.of({**heads, PAYLOADS: payloads})
-        plan = plan_for(layout, (Channel(CODED),), self.plan.chunk_bytes)
+        """The frame of the difference, whose payloads lie in a file (`codec.coded.Packer`)."""
+        heads = (
+            torch.tensor(lengths, dtype=torch.int32),
+            torch.tensor([self.down.seed(round), 0], dtype=torch.int64),
+        )
+        plan = plan_for(layout_of(len(lengths), sum(lengths)), (Channel(CODED),), self.plan.chunk_bytes)
         body.seek(0)
         with FrameWriter(self.files, plan) as writer:
-            for name, values in heads.items():
-                writer.put(CODED, values.dtype, layout.by_name[name].offset, values)
+            for values in heads:
+                writer.put(CODED, values.dtype, 0, values)
             for start, stop in _stretches(sum(lengths), self.plan.chunk_bytes):
                 piece = torch.frombuffer(bytearray(body.read(stop - start)), dtype=torch.uint8)
                 writer.put(CODED, torch.uint8, start, piece)

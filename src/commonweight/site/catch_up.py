@@ -10,7 +10,7 @@ base. So neither a damaged file here nor whoever sends differences can make a si
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from ..codec.stage import BadPayload
 from ..errors import SiteError, UnreachableError
 from ..model.tensors import NamedTensors
 from ..wire import protocol_pb2 as pb
-from ..wire.frames import Channel, Frame, frame_of, header_digest, plan_for
+from ..wire.frames import Channel, frame_of, header_digest, plan_for
 from ..wire.manifest import DIGEST, check_coded_frame
 from ..wire.refusals import Refused
 from .gate import KnownJob
@@ -78,11 +78,13 @@ class CatchUp:
         held = None if digest == beginning else await asyncio.to_thread(self._inbox.latest, run, known.layout)
         if held is not None:
             return held
-        frame = _frame_of(known, tensors := await initial())
+        tensors = {THETA: await initial()}
+        plan = plan_for(known.layout, (Channel(THETA),), known.chunk_bytes)
+        frame = await asyncio.to_thread(frame_of, tensors, plan)
         if frame.digest != beginning:
             self._log("initial.differs", run=run, reason="this machine draws other initial tensors from the seed")
             return None
-        await asyncio.to_thread(self._inbox.put, run, 0, frame, {THETA: tensors}, wanted={digest, *wanted()})
+        await asyncio.to_thread(self._inbox.put, run, 0, frame, tensors, wanted={digest, *wanted()})
         return beginning
 
     async def _differences(self, run: str, held: str, digest: str) -> list[str]:
@@ -118,27 +120,21 @@ class CatchUp:
         fits = lambda frame: check_coded_frame(frame, down.coder, (THETA,))  # noqa: E731
         keep = lambda: {*needed, *wanted()}  # noqa: E731
         fetched = [await self._transfer.fetch(run, one, round, fits=fits, wanted=keep) for one in frames]
-        before = await self._transfer.fetch(run, held, round, fits=of_layout(known.layout), wanted=keep)
-        tensors = await asyncio.to_thread(_added, down, before[THETA], [one[CODED] for one in fetched])
-        frame = await asyncio.to_thread(_frame_of, known, tensors)
-        if frame.digest != digest:
+        await self._transfer.fetch(run, held, round, fits=of_layout(known.layout), wanted=keep)
+        add = partial(_add, down, [one[CODED] for one in fetched])
+        found = await asyncio.to_thread(self._inbox.move_on, run, round, held, digest, add, wanted=set(wanted()))
+        if found is None:
             raise SiteError("what comes of the differences is not what the task starts from")
         self._log("caught_up", run=run, frame=digest[:12], differences=len(frames))
-        return await asyncio.to_thread(self._inbox.put, run, round, frame, {THETA: tensors}, wanted=set(wanted()))
+        return found
 
 
-def _added(down: Down, before: NamedTensors, sent: Sequence[NamedTensors]) -> NamedTensors:
-    tensors = before.clone()
+def _add(down: Down, sent: Sequence[NamedTensors], channels: Mapping[str, NamedTensors]) -> None:
     for one in sent:
-        add_to(tensors, down.coder, _payloads(down, one))
-    return tensors
+        add_to(channels[THETA], down.coder, _payloads(down, one))
 
 
 def _payloads(down: Down, sent: NamedTensors) -> Payloads:
     body: torch.Tensor = sent[PAYLOADS]
     fetch = lambda start, stop: body[start:stop].numpy().tobytes()  # noqa: E731
     return Payloads(down.coder, (THETA,), sent[LENGTHS].tolist(), sent[CHOICES].tolist(), len(body), fetch)
-
-
-def _frame_of(known: KnownJob, tensors: NamedTensors) -> Frame:
-    return frame_of({THETA: tensors}, plan_for(known.layout, (Channel(THETA),), known.chunk_bytes))

@@ -10,7 +10,8 @@ A killed process loses no chunk: what a `.part` already holds is known again by 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from ..errors import StorageError
 from ..federation.folder import replacing, storage_errors
 from ..model.tensors import Layout, NamedTensors, accumulator_dtype
-from ..wire.frames import Frame, Piece, chunk_digest, header_digest, parse_header, piece_of
+from ..wire.frames import Frame, Piece, chunk_digest, frame_of, header_digest, parse_header, piece_of
 from ..wire.refusals import Refused
 
 _ALIGN_BYTES = 64
@@ -260,11 +261,55 @@ class Inbox:
         Raises:
             StorageError: there is no room.
         """
-        header, body = self._header(run, frame.digest), self._body(run, frame.digest)
-        with replacing(header) as temporary:
-            temporary.write_bytes(frame.header)
-        write_frame(body, frame, tensors)
-        return self.finish(run, round, Arrival(FrameFile(body, frame), bytearray()), wanted=wanted)
+        part = self._part(run, frame.digest)
+        write_frame(part, frame, tensors)
+        return self._made(run, round, FrameFile(part, frame), wanted)
+
+    def move_on(
+        self,
+        run: str,
+        round: int,
+        held: str,
+        digest: str,
+        change: Callable[[Mapping[str, NamedTensors]], None],
+        *,
+        wanted: Iterable[str] = (),
+    ) -> dict[str, NamedTensors] | None:
+        """Make of a frame that lies here another of the same plan, in a copy of its file.
+
+        Args:
+            change: changes the channels in place.
+            wanted: as `finish` has it.
+
+        Returns:
+            The channels; None: what came of it is not the frame of this digest, and is gone.
+
+        Raises:
+            StorageError: there is no room.
+        """
+        plan, part = self._frame(run, held).plan, self._part(run, digest)
+        with storage_errors(part):
+            shutil.copyfile(self._body(run, held), part)
+        try:
+            tensors = FrameFile(part, Frame(plan, ())).tensors(shared=True)
+            change(tensors)
+            frame = frame_of(tensors, plan)
+            if frame.digest != digest:
+                return None
+            with storage_errors(part), part.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            return self._made(run, round, FrameFile(part, frame), wanted)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _made(self, run: str, round: int, file: FrameFile, wanted: Iterable[str]) -> dict[str, NamedTensors]:
+        with replacing(self._header(run, file.frame.digest)) as temporary:
+            temporary.write_bytes(file.frame.header)
+        return self.finish(run, round, Arrival(file, bytearray()), wanted=wanted)
+
+    def _frame(self, run: str, digest: str) -> Frame:
+        with storage_errors(header := self._header(run, digest)):
+            return parse_header(header.read_bytes())
 
     def forget(self, run: str) -> None:
         """Delete a run's frames."""
