@@ -1,9 +1,9 @@
-"""What privacy costs: `plan` before anything runs, `ledger` afterwards."""
+"""What a run costs: `plan` before anything runs, and of privacy `ledger` afterwards."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import RecipeError, StateError
+from .forecast import Asked, foresee, say_forecast, to_json
 from .network import DEFAULT_IDENTITY, IdentityOption, connected
 from .start import RecipeArgument
 from .terminal import JsonOption, SetOption, begin, print_json, say, table
@@ -58,7 +59,7 @@ def plan(
         typer.Option(
             "--examples",
             min=1,
-            help="Privacy of examples: plan for a site with so many training examples, whatever the recipe's data are.",
+            help="Plan for a site with so many training examples, whatever the recipe's data are.",
             metavar="N",
         ),
     ] = None,
@@ -71,55 +72,89 @@ def plan(
             metavar="N",
         ),
     ] = None,
+    sites: Annotated[int | None, typer.Option("--sites", min=1, help="Plan for so many sites.", metavar="N")] = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(
+            "--bandwidth",
+            help="Each site's line: `10mbit`, or `2mbit/20mbit` for up and down. Says how long transfers take.",
+            metavar="RATE",
+        ),
+    ] = None,
+    step_seconds: Annotated[
+        float | None,
+        typer.Option("--step-seconds", help="Seconds that an optimizer step takes at a site.", metavar="S"),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load the model, take a few optimizer steps here, and go by their time.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Say what a recipe's privacy will cost, before it runs."""
+    """Say what a recipe will cost before it runs: privacy, bytes, hours, memory.
+
+    Memory of what grows with the model is counted from its configuration; its weights are not read.
+    """
     begin(json)
-    from ..federation.private_rounds import UNIT, band_of, participations, planned_noise, sampling
-    from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp
-    from ..privacy.spending import adjacency
     from ..recipe.compatibility import secure_sums
     from ..recipe.load import check_methods, load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
     check_methods(loaded)
-    rounds, spec = loaded.federation.rounds, loaded.privacy
-    secure, why = secure_sums(loaded, _MANY)
-    sums = {"secure_sums": secure, "why_not_secure": why or None}
-    size = loaded.privacy.secure_group_size
+    spec = loaded.privacy
+    for unit, number in (("example", examples), ("group", groups)):
+        if number is not None and unit != spec.dp and spec.noisy_steps:
+            raise RecipeError(
+                f"--{unit}s says how large a site is, which does not count with privacy.dp {spec.dp}",
+                hint=f"say --{spec.dp}s",
+            )
+    units = groups if spec.dp == "group" else examples
+    secure, why = secure_sums(loaded, _MANY if sites is None else sites)
+    asked = Asked(sites, units, bandwidth, step_seconds, measure)
+    found, unknown = foresee(loaded, asked, secure=secure)
+    further = {"secure_sums": secure, "why_not_secure": why or None, **to_json(found)}
+    size = spec.secure_group_size
     told = f"on, of at least {size or 3} sites{' each, in groups' if size else ''}" if secure else f"off, {why}"
     if spec.dp == "none":
         if json:
-            print_json(dict.fromkeys(_PLAN_KEYS) | {"dp": "none", "rounds": rounds} | sums)
+            print_json(dict.fromkeys(_PLAN_KEYS) | {"dp": "none", "rounds": loaded.federation.rounds} | further)
         else:
             say(f"{recipe}: differential privacy is off: ε = ∞. Set privacy.dp to example, group or site to bound it.")
             say(f"  secure sums           {told} (over a network)")
-        return
-    given = {"example": examples, "group": groups}
-    for unit, number in given.items():
-        if number is not None and unit != spec.dp:
-            raise RecipeError(
-                f"--{unit}s says how large a site is, which does not count with privacy.dp {spec.dp}",
-                hint=f"leave it out, or set privacy.dp: {unit}",
-            )
-    if spec.noisy_steps:
-        _plan_steps(str(recipe), loaded, given[spec.dp], sums, told, json)
-        return
+    elif spec.noisy_steps:
+        _plan_steps(str(recipe), loaded, units, further, told, json)
+    else:
+        _plan_sites(str(recipe), loaded, further, told, json)
+    if not json:
+        say_forecast(found, unknown, asked)
+
+
+def _plan_sites(name: str, recipe: Recipe, further: dict[str, Any], told: str, json: bool) -> None:
+    """The privacy of sites.
+
+    Args:
+        further: what is said beside it, as plain data.
+        told: whether the coordinator learns sums alone, in words.
+    """
+    from ..federation.private_rounds import UNIT, band_of, participations, planned_noise, sampling
+    from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp
+    from ..privacy.spending import adjacency
+
+    rounds, spec = recipe.federation.rounds, recipe.privacy
     assert spec.delta is not None
-    z = planned_noise(loaded)
-    times = participations(loaded)
+    z = planned_noise(recipe)
+    times = participations(recipe)
     by_times = [epsilon(Releases(z, count), spec.delta) for count in range(1, times + 1)]
-    each = [by_times[participations(loaded, number) - 1] for number in range(1, rounds + 1)]
+    each = [by_times[participations(recipe, number) - 1] for number in range(1, rounds + 1)]
     rdp = epsilon_by_rdp(Releases(z, times), spec.delta)
     mechanism = spec.mechanism.name
     correlated = mechanism != "gaussian"
     if json:
-        known = (spec.dp, rounds, UNIT, adjacency(UNIT), mechanism, sampling(loaded), times, spec.clip, z, spec.delta)
+        known = (spec.dp, rounds, UNIT, adjacency(UNIT), mechanism, sampling(recipe), times, spec.clip, z, spec.delta)
         costs = (_finite(each[-1]), _finite(rdp), [_finite(value) for value in each])
-        print_json(dict(zip(_PLAN_KEYS, (*known, *costs), strict=True)) | sums)
+        print_json(dict(zip(_PLAN_KEYS, (*known, *costs), strict=True)) | further)
         return
     earlier = ", before it is correlated" if correlated else ""
-    say(f"{recipe}: differential privacy of each {UNIT}")
+    say(f"{name}: differential privacy of each {UNIT}")
     say(f"  noise multiplier z    {z:g}: σ = {z * (spec.clip or 0):.4g} on each element of the sum of updates{earlier}")
     follows = (
         "" if spec.adaptive_clip is None else f" at first; it follows the {spec.adaptive_clip.quantile:g} quantile"
@@ -128,11 +163,11 @@ def plan(
     say(f"  releases              {rounds}, one a round")
     say(f"  ε at δ = {spec.delta:g}        {_text(each[-1])} (by Rényi divergences {_text(rdp)})")
     say(f"  neighbouring data     {adjacency(UNIT)}")
-    say(f"  sampling              {sampling(loaded)}")
+    say(f"  sampling              {sampling(recipe)}")
     if correlated:
         from ..privacy.toeplitz import optimised, rmse
 
-        band = min(band_of(loaded), rounds)
+        band = min(band_of(recipe), rounds)
         share = rmse(optimised(rounds, band), rounds) / rmse(optimised(rounds, 1), rounds)
         say(f"  a site takes part     {times} times at most")
         say(f"  correlated noise      over {band} rounds: {share:.0%} of what independent noise leaves in the models")
@@ -141,13 +176,14 @@ def plan(
     say(NOT_COVERED)
 
 
-def _plan_steps(name: str, recipe: Recipe, size: int | None, sums: Mapping[str, Any], told: str, json: bool) -> None:
+def _plan_steps(name: str, recipe: Recipe, size: int | None, further: dict[str, Any], told: str, json: bool) -> None:
     """The same of each site's examples or groups; sites differ in what their size lets them claim.
 
     Args:
         size: of a site that is planned for, in these; None: of those in the recipe's data.
-        sums, told: whether the coordinator learns sums alone, as plain data and in words.
+        further, told: as `_plan_sites`.
     """
+    from ..engines.forecast import sites_of
     from ..federation.private_rounds import planned_round
     from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp, epsilons
     from ..privacy.example_level import SAMPLING
@@ -158,7 +194,7 @@ def _plan_steps(name: str, recipe: Recipe, size: int | None, sums: Mapping[str, 
     assert spec.delta is not None
     assert spec.clip is not None
     neighbours, unit = adjacency(unit_of(spec)), spec.by or spec.dp
-    sizes = _sizes(recipe) if size is None else {f"a site of {size} {spec.dp}s": size}
+    sizes = sites_of(recipe).units if size is None else {f"a site of {size} {spec.dp}s": size}
     planned: dict[str, Releases] = {}
     for site, num in sizes.items():
         steps = recipe.training.steps_within_budget(site, num_steps(recipe.training, num))
@@ -191,7 +227,7 @@ def _plan_steps(name: str, recipe: Recipe, size: int | None, sums: Mapping[str, 
             }
             for site, one in planned.items()
         }
-        print_json({**dict.fromkeys(_PLAN_KEYS), **known, **sums, "sites": sites})
+        print_json({**dict.fromkeys(_PLAN_KEYS), **known, **further, "sites": sites})
         return
     say(f"{name}: differential privacy of each {unit}")
     say(f"  clipping norm C       {spec.clip:g}, of each {unit}'s gradient")
@@ -223,25 +259,6 @@ def _plan_steps(name: str, recipe: Recipe, size: int | None, sums: Mapping[str, 
     say(f"{worst}, which pays most: ε = {_text(each[-1])} (by Rényi divergences {_text(rdp)})")
     table(("after round", "ε"), [(str(k), _text(each[k - 1])) for k in _some(rounds)], right=(0, 1))
     say(NOT_COVERED_OF_STEPS)
-
-
-def _sizes(recipe: Recipe) -> dict[str, int]:
-    """Training examples, or groups of them, by site, from the recipe's data."""
-    from ..data.canaries import plant
-    from ..data.sites import load_sites
-    from ..model.base import load_tokenizer
-
-    tokenizer = load_tokenizer(recipe.model)
-    sites, _ = load_sites(
-        recipe.data,
-        seed=recipe.seed,
-        tokenizer=tokenizer,
-        max_tokens=recipe.training.max_tokens,
-        owner=recipe.privacy.by,
-    )
-    if recipe.privacy.canaries.count:
-        sites, _ = plant(sites, recipe.privacy.canaries, seed=recipe.seed, tokenizer=tokenizer)
-    return {site.name: len(site.units) for site in sites}
 
 
 def _some(rounds: int) -> list[int]:

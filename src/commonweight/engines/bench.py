@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
@@ -91,15 +91,8 @@ class Bench:
     @property
     def facts(self) -> Sites:
         """What the loop knows of the sites."""
-        spec, names = self.recipe.training, tuple(self.sites)
-        units = {name: len(site.units) for name, site in self.sites.items()}
-        rows = units
-        if not self.recipe.privacy.noisy_steps:
-            rows = {n: len(batches.sequences(s.train, spec, self.pack_seed(n))) for n, s in self.sites.items()}
-        steps = {name: spec.steps_within_budget(name, batches.num_steps(spec, rows[name])) for name in names}
-        groups = {name: site.groups for name, site in self.sites.items()}
         parts = {name: shape.layout.num_bytes for name, shape in self.shapes.items()}
-        return Sites(names, steps, groups, bytes_up=parts, bytes_down=parts, units=units)
+        return replace(facts_of(self.recipe, self.sites.values()), bytes_up=parts, bytes_down=parts)
 
     def save(self, theta: NamedTensors, folder: Path, *, tokenizer: bool = False) -> None:
         """Write global tensors into a folder as an adapter that peft opens, with the tokenizer if asked for. What stays
@@ -119,7 +112,7 @@ class Bench:
         trainables.personal.copy_(state.get("personal", self.personal))
 
     def pack_seed(self, site: str) -> int:
-        return derive_seed(self.recipe.seed, "pack", site)
+        return pack_seed(self.recipe, site)
 
     @contextmanager
     def base_as_loaded(self) -> Iterator[None]:
@@ -132,6 +125,22 @@ class Bench:
         """Inside, the model is the base as it was loaded, without the adapter and without what rounds have added."""
         with self.base_as_loaded(), adapter_off(self.model):
             yield
+
+
+def pack_seed(recipe: Recipe, site: str) -> int:
+    """Decides which of a site's examples share a packed sequence."""
+    return derive_seed(recipe.seed, "pack", site)
+
+
+def facts_of(recipe: Recipe, sites: Iterable[Site]) -> Sites:
+    """What is known of sites by their rows."""
+    spec, found = recipe.training, {site.name: site for site in sites}
+    units = {name: len(site.units) for name, site in found.items()}
+    rows = units
+    if not recipe.privacy.noisy_steps:
+        rows = {name: len(batches.sequences(site.train, spec, pack_seed(recipe, name))) for name, site in found.items()}
+    steps = {name: spec.steps_within_budget(name, batches.num_steps(spec, rows[name])) for name in found}
+    return Sites(tuple(found), steps, {name: site.groups for name, site in found.items()}, units=units)
 
 
 class Gather(Protocol):
@@ -173,9 +182,7 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
         require_sites(recipe.training.budget, names, "training.budget")
         require_sites(spec.adapter.sites, names, "model.adapter.sites")
         require_sites(spec.adapter.budget, names, "model.adapter.budget")
-    sites, canaries = trained_on(recipe, sites), None
-    if sites and recipe.privacy.canaries.count:
-        sites, canaries = plant(sites, recipe.privacy.canaries, seed=recipe.seed, tokenizer=base.tokenizer)
+    sites, canaries = with_canaries(recipe, sites, base.tokenizer)
     frozen_part = asked_by_strategy(recipe, "frozen", "")
     digest = weights_digest(base.model)  # before the adapter's tensors join it
     model = attach_adapter(base, spec.adapter, seed=derive_seed(recipe.seed, "adapter"))
@@ -236,6 +243,14 @@ def trained_on(recipe: Recipe, sites: list[Site]) -> list[Site]:
     """The sites without the rows that the recipe's strategy keeps out of training."""
     share = asked_by_strategy(recipe, "aside", 0.0)
     return [keep_aside(site, share, seed=recipe.seed) if share else site for site in sites]
+
+
+def with_canaries(recipe: Recipe, sites: list[Site], tokenizer: Any) -> tuple[list[Site], Canaries | None]:
+    """The sites as a run trains on them: `trained_on`, and with the canaries that the recipe plants."""
+    sites = trained_on(recipe, sites)
+    if sites and recipe.privacy.canaries.count:
+        return plant(sites, recipe.privacy.canaries, seed=recipe.seed, tokenizer=tokenizer)
+    return sites, None
 
 
 def asked_by_strategy(recipe: Recipe, attribute: str, otherwise: T) -> T:

@@ -100,8 +100,29 @@ def load_base(spec: ModelSpec, device: torch.device) -> Base:
     return Base(spec.name, model, tokenizer, sum(p.numel() for p in model.parameters()), device)
 
 
-def _check_config(spec: ModelSpec) -> None:
-    """Refuse what is no causal language model by its configuration, before anything large is read."""
+def bare_base(spec: ModelSpec, device: torch.device) -> Base:
+    """A model without its weights, every parameter on the device `meta`, and without a tokenizer: for its shapes.
+
+    Args:
+        device: that it would be loaded for, which decides its dtype.
+
+    Raises:
+        ModelError: as `load_base`, as far as the configuration tells.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _check_config(spec)
+    try:
+        with torch.device("meta"), _quiet():
+            model = AutoModelForCausalLM.from_config(config, dtype=_dtype(spec, device), trust_remote_code=False)
+    except Exception as error:  # as in load_weights
+        raise _not_loaded(spec.name, error) from error
+    model.requires_grad_(False)
+    return Base(spec.name, model, None, sum(p.numel() for p in model.parameters()), torch.device("meta"))
+
+
+def _check_config(spec: ModelSpec) -> Any:
+    """A model's configuration; refuses what is no causal language model by it, before anything large is read."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     source = Path(_source(spec.name))
@@ -121,6 +142,7 @@ def _check_config(spec: ModelSpec) -> None:
             f"the model {spec.name!r} is of type {config.model_type}, which is no causal language model",
             hint="use one that predicts the next token, such as Llama, Qwen, Mistral or GPT-2",
         )
+    return config
 
 
 def load_weights(spec: ModelSpec, name: str, **arguments: Any) -> Any:
