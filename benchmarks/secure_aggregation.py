@@ -15,6 +15,16 @@ which is the dearest time: their pair masks must be taken off the sum one by one
     bytes_per_param   what a site sends, all messages, to its number of parameters
     flower_masks      seconds in which NumPy's seeded generator expands the masks that one site needs, 64 bits an
                       element, as Flower's does, to ours; null without --compare
+
+With --homomorphic, which needs the package tenseal, the same rows are also added as ciphertexts
+(`privacy/homomorphic.py`), each figure of which stands beside that of the masks:
+
+    he_exact            the decrypted sum is that of the encoded rows, bit for bit
+    he_site_s           a site's seconds: encoding and encryption; mean
+    he_decrypt_s        further seconds of the one site that decrypts
+    he_coordinator_s    the coordinator's: reading and adding ciphertexts
+    he_bytes_per_param  what a site sends, to its number of parameters
+    he_…_over_masks     site_s, coordinator_s and bytes_per_param so, to those of the masks
 """
 
 from __future__ import annotations
@@ -30,6 +40,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from commonweight.errors import CommonweightError
+from commonweight.privacy.homomorphic import Adder, Keyholder
 from commonweight.privacy.secure_aggregation.collector import Collector
 from commonweight.privacy.secure_aggregation.fixed_point import FixedPoint
 from commonweight.privacy.secure_aggregation.masks import Expander
@@ -110,6 +121,36 @@ def measured(num_sites: int, num_params: int, dropout: float) -> dict[str, float
     }
 
 
+def encrypted(num_sites: int, num_params: int, dropout: float) -> dict[str, float]:
+    """The same sum by homomorphic encryption."""
+    draw, fixed = np.random.default_rng(0), FixedPoint(0.01, num_sites)
+    values = [draw.standard_normal(num_params, dtype=np.float32) * 1e-3 for _ in range(_KINDS)]
+    row, plain = np.empty(num_params, dtype=np.uint32), np.zeros(num_params, dtype=np.uint32)
+    holder, adder, site_s, coordinator_s, sent = Keyholder(), Adder(), 0.0, 0.0, 0
+    there = range(int(dropout * num_sites), num_sites)
+    for index in there:
+        began = time.perf_counter()
+        fixed.encode(values[index % _KINDS], row)
+        ciphertexts = holder.encrypt(row)
+        given = time.perf_counter()
+        adder.add(ciphertexts)
+        coordinator_s += time.perf_counter() - given
+        site_s += given - began
+        plain += row
+        sent += sum(map(len, ciphertexts))
+    began = time.perf_counter()
+    total = adder.total()
+    added = time.perf_counter()
+    found = holder.decrypt(total)
+    return {
+        "he_exact": float((found == plain).all()),
+        "he_site_s": site_s / len(there),
+        "he_decrypt_s": time.perf_counter() - added,
+        "he_coordinator_s": coordinator_s + added - began,
+        "he_bytes_per_param": sent / len(there) / num_params,
+    }
+
+
 def compared(num_neighbours: int, num_params: int) -> float:
     """Seconds in which NumPy's generator, seeded with 32 bits, makes one site's masks, to those of `Expander`."""
     began = time.perf_counter()
@@ -131,6 +172,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0, help="Share of the sites that drop out.")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--compare", action="store_true", help="Also expand masks the way of NumPy's generator.")
+    parser.add_argument("--homomorphic", action="store_true", help="Also add ciphertexts; needs the package tenseal.")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     num_params = int(given.params_m * 1e6)
@@ -138,12 +180,18 @@ def main() -> None:
         parser.error("--params-m and --repeat must be positive, --dropout from 0 to below 1")
     try:
         runs = [measured(given.sites, num_params, given.dropout) for _ in range(given.repeat)]
+        if given.homomorphic:
+            runs = [run | encrypted(given.sites, num_params, given.dropout) for run in runs]
     except CommonweightError as error:
         parser.error(error.message)
     figures: dict[str, Any] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     figures["bit_exact"] = all(run["bit_exact"] for run in runs)
     figures["site_over_encode"] = figures["site_s"] / figures["encode_s"]
     figures["flower_masks"] = compared(given.sites - 1, num_params) if given.compare else None
+    if given.homomorphic:
+        figures["he_exact"] = all(run["he_exact"] for run in runs)
+        for key in ("site_s", "coordinator_s", "bytes_per_param"):
+            figures[f"he_{key}_over_masks"] = figures[f"he_{key}"] / figures[key]
     figures |= {"sites": given.sites, "params": num_params, "dropout": given.dropout}
     if given.json:
         print(json.dumps(figures))

@@ -36,8 +36,9 @@ from .federation.private_rounds import PrivateRounds
 from .federation.record import Record
 from .federation.residuals import save_residual
 from .federation.run import FederatedRun
-from .federation.secure_rounds import SimulatedSums, check_sums
+from .federation.secure_rounds import check_sums
 from .federation.shelf import FolderShelf
+from .federation.simulated_sums import SimulatedSums
 from .federation.tally import Sites
 from .model.base import tokenizer_digest
 from .recipe.compatibility import keeps_state
@@ -173,7 +174,7 @@ def _train(
         engine.broadcast(bench.theta, {})
         evaluation.base()
         private = PrivateRounds.of(recipe, journal, len(sites.names))
-        secure = SimulatedSums(recipe, bench.theta.layout) if recipe.privacy.secure_aggregation == "on" else None
+        secure = SimulatedSums(recipe, bench.theta.layout) if recipe.privacy.summed else None
         theta, spec = bench.theta.clone(), recipe.federation
         down = down_of(recipe.compression.down, theta.layout, recipe.seed)
         model = MemoryModel(strategy, theta, folder, bench.save, spec, private, bench.moved, secure, down)

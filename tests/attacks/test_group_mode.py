@@ -13,7 +13,8 @@ from torch import Tensor
 from commonweight.federation.folder import RunFolder
 from commonweight.federation.global_model import MemoryModel
 from commonweight.federation.groups import Groups
-from commonweight.federation.secure_rounds import SimulatedSums, Terms
+from commonweight.federation.secure_rounds import Terms
+from commonweight.federation.simulated_sums import SimulatedSums
 from commonweight.model.tensors import NamedTensors
 from commonweight.privacy.secure_aggregation.rows import Most
 from commonweight.recipe import Recipe

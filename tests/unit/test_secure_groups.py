@@ -30,7 +30,8 @@ from commonweight.federation.groups import Groups, draw_groups
 from commonweight.federation.journal import Journal
 from commonweight.federation.messages import TrainTask
 from commonweight.federation.round import Answered, DeadlinePassed, Failed, Phase, Round
-from commonweight.federation.secure_rounds import SimulatedSum, SimulatedSums, Terms, check_sums
+from commonweight.federation.secure_rounds import Terms, check_sums
+from commonweight.federation.simulated_sums import MaskedSum, SimulatedSums
 from commonweight.launch import run
 from commonweight.model.tensors import NamedTensors
 from commonweight.privacy.secure_aggregation.rows import MASKED, Most, row_layout
@@ -127,15 +128,15 @@ def test_a_rounds_groups_outlive_the_process() -> None:
 # ---- algebra
 
 
-class Caught(SimulatedSum):
+class Caught(MaskedSum):
     """Keeps the masked rows, as they would arrive at a coordinator."""
 
     rows: dict[str, NDArray[np.uint32]]
 
-    def add(self, update: Update) -> int:
-        clipped = super().add(update)
+    def add(self, update: Update) -> tuple[int, int]:
+        found = super().add(update)
         self.rows[update.site] = self._row.copy()
-        return clipped
+        return found
 
     def opened(self, place: int) -> OpenedSum:
         return OpenedSum(place, tuple(self.there), self.code, self._collector.masks())
@@ -171,7 +172,7 @@ class Both:
     """A model in memory and one in files, told the same."""
 
     def __init__(self, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("commonweight.federation.secure_rounds.SimulatedSum", Caught)
+        monkeypatch.setattr("commonweight.federation.simulated_sums.MaskedSum", Caught)
         Caught.rows = {}
         self.theta, self.chunk_bytes, self.folder = tensors(99), 1024, folder
         layout = self.theta.layout
@@ -280,12 +281,12 @@ def test_a_group_whose_totals_cannot_be_is_a_row_of_zeros(tmp_path: Path, monkey
     liar, updates = groups[1][0], updates_of(1)
     mask = Caught.add
 
-    def lying(one: Caught, update: Update) -> int:
-        clipped = mask(one, update)
+    def lying(one: Caught, update: Update) -> tuple[int, int]:
+        found = mask(one, update)
         if update.site == liar:
             one._total[-4:-3] -= np.uint32(1 << 30)
             one.rows[liar][-4:-3] -= np.uint32(1 << 30)
-        return clipped
+        return found
 
     monkeypatch.setattr(Caught, "add", lying)
     before = flat(both.memory.state.theta)
@@ -320,7 +321,7 @@ def test_masks_change_no_bit_and_the_record_says_who_was_together(
 ) -> None:
     recipe = recipe_for(make_recipe)
     found = run(recipe, tmp_path / "masked")
-    monkeypatch.setattr("commonweight.federation.secure_rounds.SimulatedSum", Unmasked)
+    monkeypatch.setattr("commonweight.federation.simulated_sums.MaskedSum", Unmasked)
     one = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"workers": 1})})
     run(one, tmp_path / "plain")
     for name, tensor in theta_of(tmp_path / "masked", 2).items():

@@ -122,7 +122,7 @@ class RunPlan:
     @property
     def secure(self) -> bool:
         """Whether updates come masked."""
-        return self.recipe.privacy.secure_aggregation == "on"
+        return self.recipe.privacy.summed
 
     def update_layout(self, site: str) -> Layout:
         """Of the tensors that a site sends."""

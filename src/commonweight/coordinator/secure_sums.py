@@ -29,7 +29,7 @@ from ..identity.certificates import verify_certificate
 from ..identity.keys import SUM, verify
 from ..privacy.secure_aggregation.collector import Collector
 from ..privacy.secure_aggregation.messages import Advert, Reveal, Session
-from ..privacy.secure_aggregation.rows import RowCode
+from ..privacy.secure_aggregation.rows import RowCode, row_layout
 from ..strategies.update import Update
 from .engine import NetworkEngine
 from .masked_updates import OpenedSum
@@ -174,6 +174,9 @@ class NetworkSums:
 
     def seat(self, site: str) -> Mapping[str, Any] | None:
         return self._seats.get(site)
+
+    def num_bytes(self, site: str) -> int:
+        return row_layout(self.plan.layout).num_bytes
 
     def shown(self, update: Update) -> Update:
         return update  # its manifest says no more

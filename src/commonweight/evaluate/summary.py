@@ -376,6 +376,8 @@ def _sums(metrics: Metrics) -> str:
     if not secure:
         return "Secure sums: off; whoever combined the updates saw each of them."
     size = finite(dig(metrics, "privacy", "secure_group_size"))
+    if size is None and dig(metrics, "privacy", "homomorphic"):
+        return "Secure sums: on, of encrypted updates; whoever combined them could open none, and any site could."
     if size is None:
         return "Secure sums: on; of each round's updates the coordinator learnt the weighted sum alone."
     return (

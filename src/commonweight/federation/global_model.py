@@ -30,7 +30,8 @@ from .messages import Engine
 from .private_rounds import PrivateRounds
 from .relays import merge_partials
 from .residuals import Residual, Residuals
-from .secure_rounds import GroupTotals, SimulatedSums, mean_of_group
+from .secure_rounds import GroupTotals, mean_of_group
+from .simulated_sums import SimulatedSums
 
 #: in a state's file, beside the strategy's slots: what sites were not sent yet
 _LATE = "slot/late-theta"

@@ -81,7 +81,8 @@ class Record:
             },
             "privacy": {
                 **statement(self.recipe, list(self.journal.commits().values())),
-                "secure_sums": self.recipe.privacy.secure_aggregation == "on",
+                "secure_sums": self.recipe.privacy.summed,
+                "homomorphic": self.recipe.privacy.secure_aggregation == "homomorphic",
                 "secure_group_size": self.recipe.privacy.secure_group_size,
             },
             "samples": self._samples(),

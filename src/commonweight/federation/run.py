@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..errors import QuorumError, UpdateRefused
 from ..privacy.adaptive_clip import UNDER_CLIP
-from ..privacy.secure_aggregation.rows import Most, row_layout
+from ..privacy.secure_aggregation.rows import Most
 from ..recipe.compatibility import keeps_state
 from ..recipe.schema import Recipe
 from ..strategies.base import Strategy
@@ -137,7 +137,6 @@ class FederatedRun:
             whole = {site: tally.bytes_to(site) for site in cohort}
             tally.fetched = bytes_to_catch_up(self.journal.commits(), whole, small=small)
         if self.secure is not None:
-            tally.bytes_of_update = row_layout(self.model.layout).num_bytes
             round = self._share_keys(round, lr, self.secure)
         if round.phase is not Phase.ABANDONED:
             for outcome in self._outcomes(number, cohort, lr, lost=round.failed):
@@ -259,6 +258,8 @@ class FederatedRun:
         self.model.fold(update)
         if self.model.private is not None:
             self.model.private.hear(update)
+        if self.secure is not None:
+            update = replace(update, num_bytes=self.secure.num_bytes(update.site))
         tally.add(update, relay=self.model.relay(update))
         if self.secure is not None:
             update = self.secure.shown(update)

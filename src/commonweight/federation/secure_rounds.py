@@ -4,8 +4,8 @@
             each site trains, encodes its update into a row of the ring and masks it
     open    the survivors sign the list of survivors and reveal shares; the masks come off the sum
 
-In a simulation every site's part is played in this process (`SimulatedSums`), masks and all: it shows what a network
-would do, and hides nothing from anybody. Over a network the messages are tasks (`coordinator/secure_sums.py`,
+In a simulation every site's part is played in this process, masks and all (`simulated_sums.py`): it shows what a
+network would do, and hides nothing from anybody. Over a network the messages are tasks (`coordinator/secure_sums.py`,
 `site/sums.py`). The bits of the result are the same (`privacy/secure_aggregation/rows.py`).
 
 A round needs more than two thirds of the sites that it invites, whatever `federation.quorum` says, for two lists of
@@ -22,27 +22,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-from ..errors import RecipeError, RoundError, SiteError, UpdateRefused
+from ..errors import RecipeError, RoundError
 from ..model.tensors import Layout, NamedTensors
-from ..privacy.secure_aggregation.collector import Collector
+from ..privacy.homomorphic import tenseal
 from ..privacy.secure_aggregation.graph import MIN_SITES, majority
-from ..privacy.secure_aggregation.masks import Ring
-from ..privacy.secure_aggregation.messages import Session
-from ..privacy.secure_aggregation.party import Party
-from ..privacy.secure_aggregation.rows import NUM_TOTALS, Most, RowCode, Totals, row_starts
+from ..privacy.secure_aggregation.rows import Most, RowCode, Totals
 from ..recipe.schema import Recipe
 from ..registry import resolve
-from ..strategies.base import Strategy, WeightedSum
+from ..strategies.base import Strategy
 from ..strategies.update import Update
 from .cohort import invited
 from .groups import Groups, num_groups
-
-#: metrics of a single site that a round with secure sums still shows
-_SHOWN = ("seconds", "kept")
 
 
 @dataclass(frozen=True)
@@ -87,6 +77,9 @@ class SecureRounds(Protocol):
     def seat(self, site: str) -> Mapping[str, Any] | None:
         """What a site's training task says of the sum."""
 
+    def num_bytes(self, site: str) -> int:
+        """What a site has sent."""
+
     def shown(self, update: Update) -> Update:
         """What may be seen of a single update: nothing that is in the sum."""
 
@@ -102,135 +95,6 @@ class SecureRounds(Protocol):
 
     def committed(self, round: int) -> None:
         """The round's commit is in the journal: its keys are of no more use."""
-
-
-class SimulatedSum:
-    """One secure sum among sites of this process: of a whole cohort, or of a group. Rows are added as they come.
-
-    Args:
-        identities: by site, made when they are first asked for.
-    """
-
-    def __init__(
-        self, recipe: Recipe, layout: Layout, session: Session, terms: Terms, identities: dict[str, Ed25519PrivateKey]
-    ) -> None:
-        self.sites, self.layout, self._identities = session.sites, layout, identities
-        self.code = RowCode.of(recipe, layout, len(session.sites), terms.most)
-        self._collector = Collector(session, verify=self._verify)
-        self._parties = {
-            site: Party(session, site, sign=self._identity(site).sign, verify=self._verify) for site in session.sites
-        }
-        for party in self._parties.values():
-            self._collector.advert(party.advertise())
-        adverts = self._collector.close_adverts()
-        for site, party in self._parties.items():
-            self._collector.shares(site, party.share(adverts))
-        self._boxes = self._collector.close_shares()
-        self._total: Ring = np.zeros(self.code.length, dtype=np.uint32)
-        self._row: Ring = np.empty_like(self._total)
-
-    def _identity(self, site: str) -> Ed25519PrivateKey:
-        return self._identities.setdefault(site, Ed25519PrivateKey.generate())
-
-    def _verify(self, site: str, message: bytes, signature: bytes) -> bool:
-        try:
-            self._identity(site).public_key().verify(signature, message)
-        except InvalidSignature:
-            return False
-        return True
-
-    @property
-    def there(self) -> Sequence[str]:
-        """Sites whose rows are in the total."""
-        return self._collector.masked
-
-    def add(self, update: Update) -> int:
-        """Encode and mask an update as its site would, and add it to the total; how many elements were clipped."""
-        clipped = self.code.encode(
-            update.delta,
-            examples=update.num_examples,
-            label_tokens=update.num_label_tokens,
-            loss=update.metrics.get("loss", 0.0),
-            out=self._row,
-        )
-        self._parties[update.site].mask(self._boxes[update.site], self._row)
-        self._collector.row(update.site, self._row, self._total)
-        return clipped
-
-    def open(self) -> None:
-        found = self._collector.close_rows()
-        for site in found:
-            self._collector.consent(site, self._parties[site].consent(found))
-        consents = self._collector.close_consents()
-        for site in found:
-            self._collector.reveal(self._parties[site].reveal(consents))
-        self._collector.open(self._total)
-
-    def into(self, fold: WeightedSum) -> Totals:
-        """Make a fold of the opened sum, as if the updates had been folded into it.
-
-        Raises:
-            RoundError: as `RowCode.totals`.
-        """
-        totals = self.code.totals(self._total[-NUM_TOTALS:], len(self.there))
-        for dtype, start in row_starts(self.layout).items():
-            out = fold.sums["delta"].flats[dtype]
-            self.code.decode(self._total[start : start + out.numel()], out)
-        fold.total_weight, fold.num_updates = totals.weight, len(self.there)
-        return totals
-
-
-class SimulatedSums:
-    """Secure sums among sites of this process, one a round or one a group."""
-
-    def __init__(self, recipe: Recipe, layout: Layout) -> None:
-        self.recipe, self.layout = recipe, layout
-        self._identities: dict[str, Ed25519PrivateKey] = {}
-        self._attempt = 0
-        self._clipped: dict[str, int] = {}
-
-    def begin(self, round: int, groups: Groups, terms: Terms) -> Mapping[str, str]:
-        self._groups = groups
-        sessions = [Session(self.recipe.name, round, self._attempt, group) for group in groups.members]
-        self.sums = [SimulatedSum(self.recipe, self.layout, s, terms, self._identities) for s in sessions]
-        self._sum_of = {site: one for one in self.sums for site in one.sites}
-        self._clipped = {}
-        return {}
-
-    def seat(self, site: str) -> Mapping[str, Any] | None:
-        return None
-
-    def check(self, update: Update) -> None:
-        """Raises UpdateRefused: its site could not have sent it."""
-        try:
-            self._sum_of[update.site].code.check(update.num_examples, update.num_label_tokens)
-        except SiteError as error:
-            raise UpdateRefused(error.message, hint=error.hint) from error
-
-    def add(self, update: Update) -> None:
-        self._clipped[update.site] = self._sum_of[update.site].add(update)
-
-    def shown(self, update: Update) -> Update:
-        metrics = {name: update.metrics[name] for name in _SHOWN if name in update.metrics}
-        return bare(update, metrics, self._clipped.get(update.site, 0))
-
-    def open(self, round: int, survivors: Sequence[str]) -> Mapping[int, str]:
-        lost = {}
-        whole = self._groups.whole(survivors)
-        self.opened: list[tuple[int, SimulatedSum]] = []
-        for place, one in enumerate(self.sums):
-            if one.sites not in whole:
-                lost[place] = f"{len(one.there)} of {len(one.sites)} sites sent their rows"
-                continue
-            one.open()
-            self.opened.append((place, one))
-        return lost
-
-    def abandon(self, round: int) -> None:
-        self._attempt += 1
-
-    def committed(self, round: int) -> None:
-        """Its keys go with the next round's."""
 
 
 def mean_of_group(place: int, round: int, totals: Totals | None, channels: Mapping[str, NamedTensors]) -> Update:
@@ -285,8 +149,10 @@ def check_sums(recipe: Recipe, num_sites: int) -> None:
         RecipeError: a cohort is too small, invites so many more than it takes that those who answer could be too few,
             or is so large that too few bits are left for each site.
     """
-    if recipe.privacy.secure_aggregation != "on":
+    if not recipe.privacy.summed:
         return
+    if recipe.privacy.secure_aggregation == "homomorphic":
+        tenseal()
     spec = recipe.federation
     size, asked = spec.cohort.size(num_sites), invited(spec, num_sites)
     if size < MIN_SITES:

@@ -70,7 +70,6 @@ class Tally:
         channels: of an update.
         copies_down: of its tensors that a site fetches: the strategy's other channels are of the same size.
         fetched: what each site of the cohort fetches, if that is something else than copies.
-        bytes_of_update: what a site sends, if that is no copy of its tensors.
     """
 
     lr: float
@@ -79,7 +78,6 @@ class Tally:
     copies_down: int = 1
     fetched: Mapping[str, int] = field(default_factory=dict)
     channels: int = 1
-    bytes_of_update: int | None = None
     updates: int = 0
     bytes_up: int = 0
     steps: int = 0
@@ -106,8 +104,6 @@ class Tally:
 
     def bytes_of(self, update: Update) -> int:
         """What an update's site has sent."""
-        if self.bytes_of_update is not None:
-            return self.bytes_of_update
         copy = self.sites.bytes_up.get(update.site, self.layout.num_bytes)
         return update.num_bytes or copy * self.channels
 

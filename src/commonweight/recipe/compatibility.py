@@ -118,7 +118,7 @@ FEATURES = (
     ),
     Feature(
         "secure sums",
-        lambda recipe, network: recipe.privacy.secure_aggregation == "on" and recipe.privacy.secure_group_size is None,
+        lambda recipe, network: recipe.privacy.summed and recipe.privacy.secure_group_size is None,
         lambda strategy: bool(_is(strategy, "of_weighted_sum")) and not _is(strategy, "asynchronous"),
         "the coordinator learns the weighted sum of a round's updates alone, and this strategy needs more than that, "
         "or has no rounds",
@@ -196,6 +196,8 @@ def secure_sums(recipe: Recipe, num_sites: int | None) -> tuple[bool, str]:
         num_sites: that the run is for; None: whoever joins, of whom there may be any number.
     """
     spec = recipe.federation
+    if recipe.privacy.secure_aggregation == "homomorphic":
+        return False, "homomorphic encryption is for simulations, and is refused over a network"
     if recipe.privacy.secure_aggregation != "auto":
         on = recipe.privacy.secure_aggregation == "on"
         return on, "" if on else "the recipe turns them off"

@@ -79,6 +79,13 @@ def check_methods(recipe: Recipe, *, network: bool = False, objective: bool = Tr
         _check_method("objective", ("training", "objective"), recipe.training.objective)
     check_codecs(recipe, network=network)
     check_pairings(recipe, network=network)
+    if network and recipe.privacy.secure_aggregation == "homomorphic":
+        raise RecipeError(
+            "`privacy.secure_aggregation` homomorphic: over a network one site would have to decrypt for the "
+            "coordinator, and could not tell a sum from a single site's update",
+            hint="set it to on: masks, which no single site can take off, an eighth of the bytes and less time; or "
+            "carry the recipe out by `commonweight run`",
+        )
     if network and recipe.privacy.canaries.count:
         raise RecipeError(
             "`privacy.canaries`: over a network nobody may see which canaries a site has planted and ask the model too",

@@ -684,11 +684,12 @@ class PrivacySpec(Section):
     )
     canaries: CanariesSpec = Field(default_factory=CanariesSpec, description="Made-up rows for a leak audit.")
 
-    secure_aggregation: Literal["auto", "on", "off"] = Field(
+    secure_aggregation: Literal["auto", "on", "off", "homomorphic"] = Field(
         "auto",
         description="Whether the coordinator learns sums of updates alone. `auto`: over a network, where the strategy "
         "needs no more than their weighted sum and a round invites at least 3 sites; a simulation has nobody to hide "
-        "them from. `on`: or the recipe is refused.",
+        "them from. `on`: or the recipe is refused. `homomorphic`: by encryption in place of masks, in simulations "
+        "alone: it costs much more and protects less (docs/privacy.md).",
     )
     secure_group_size: int | None = Field(
         None,
@@ -703,6 +704,11 @@ class PrivacySpec(Section):
         description="Secure sums: the largest size of an element of an update; larger ones are clipped to it. "
         "Default: `clip` with `dp: site`, else 8.",
     )
+
+    @property
+    def summed(self) -> bool:
+        """Whether updates are seen in sums alone, as far as the recipe has decided it."""
+        return self.secure_aggregation in ("on", "homomorphic")
 
     @model_validator(mode="after")
     def _groups_make_secure_sums(self) -> Self:
@@ -949,8 +955,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _a_sum_is_of_all_and_of_alike(self) -> Self:
-        if self.privacy.secure_aggregation == "on" and self.not_summed:
-            raise ValueError(f"privacy.secure_aggregation on: {self.not_summed}; set it to off, or leave that out")
+        if self.privacy.summed and self.not_summed:
+            named = f"privacy.secure_aggregation {self.privacy.secure_aggregation}"
+            raise ValueError(f"{named}: {self.not_summed}; set it to off, or leave that out")
         if self.privacy.secure_group_size is not None and self.federation.over_selection > 1:
             raise ValueError(
                 "federation.over_selection closes a round when enough sites have answered, with "

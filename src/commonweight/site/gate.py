@@ -88,7 +88,7 @@ class KnownJob:
     @property
     def secure(self) -> bool:
         """Whether the job promises that updates are seen in sums alone."""
-        return self.recipe.privacy.secure_aggregation == "on"
+        return self.recipe.privacy.summed
 
 
 class Gate:

@@ -325,7 +325,7 @@ class JobFacts:
             samples=recipe.evaluation.samples,
             dp=unit_of(recipe.privacy),
             epsilon=_planned_epsilon(recipe),
-            secure_aggregation=recipe.privacy.secure_aggregation == "on",
+            secure_aggregation=recipe.privacy.summed,
             trust_remote_code=recipe.model.trust_remote_code,
             num_sites=num_sites,
             spend=_promised(recipe),
@@ -402,7 +402,7 @@ def _update_bytes(recipe: Recipe, initial: bytes, site: str) -> int:
     each that the global tensors have.
     """
     plan, strategy = parse_header(initial).plan, recipe.federation.strategy.name
-    if recipe.privacy.secure_aggregation == "on":
+    if recipe.privacy.summed:
         return row_layout(plan.layout).num_bytes
     shape = shapes_of(recipe.model.adapter, plan.layout).get(site)
     num_channels = len(plan.channels)

@@ -23,7 +23,7 @@ class Update:
         metrics: figures for people (`loss`: mean nats a label token over the local work; `seconds`), and `first_loss`,
             that of the first step, from which some strategies weigh; it does not leave a networked site.
         cluster: of which cluster's model it is an update; 0 where there is one model.
-        num_bytes: in how many it was sent, if a codec made it small; 0: as it is here.
+        num_bytes: in how many it was sent, if that was not as it is here (a codec, a secure sum); 0: as it is.
     """
 
     site: str
