@@ -20,7 +20,7 @@ from commonweight.errors import AccessError, SiteError, StorageError
 from commonweight.federation.messages import EvaluateTask, TrainTask
 from commonweight.model.tensors import NamedTensors, Room, in_memory
 from commonweight.privacy.spending import UNPROTECTED
-from commonweight.site import link, outbox
+from commonweight.site import ahead, link, outbox
 from commonweight.site.agent import Agent
 from commonweight.site.audit import SiteAudit
 from commonweight.site.gate import Alarm
@@ -1099,6 +1099,11 @@ def test_an_outbox_gives_back_only_what_is_whole_and_asked_for(tmp_path: Path) -
     assert not list(tmp_path.glob("r/*"))
 
 
+def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(ahead, "COUNTED_BYTES", 1024)
+
+
 class Gradual(Bench):
     """Makes its update in two parts, and waits between them until it may go on."""
 
@@ -1149,7 +1154,7 @@ class EarlyCoordinator(FakeCoordinator):
 def test_a_large_update_is_on_its_way_before_it_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loses: bool
 ) -> None:
-    monkeypatch.setattr(outbox, "IN_MEMORY_BYTES", 0)
+    everything_is_large(monkeypatch)
 
     async def scene(stage: Stage) -> None:
         coordinator = stage.coordinator
@@ -1180,7 +1185,7 @@ def plus_one(tensors: NamedTensors) -> NamedTensors:
 def test_a_coordinator_that_takes_nothing_ahead_gets_the_whole_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox, "IN_MEMORY_BYTES", 0)
+    everything_is_large(monkeypatch)
 
     async def scene(stage: Stage) -> None:
         stage.site.bench.go.clear()
@@ -1197,7 +1202,7 @@ def test_a_coordinator_that_takes_nothing_ahead_gets_the_whole_update(
 def test_training_that_fails_after_a_part_has_left_offers_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox, "IN_MEMORY_BYTES", 0)
+    everything_is_large(monkeypatch)
 
     async def scene(stage: Stage) -> None:
         assert isinstance(stage.coordinator, EarlyCoordinator)
@@ -1212,7 +1217,7 @@ def test_training_that_fails_after_a_part_has_left_offers_nothing(
 
 
 def test_nothing_leaves_ahead_that_a_policy_does_not_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbox, "IN_MEMORY_BYTES", 0)
+    everything_is_large(monkeypatch)
 
     async def scene(stage: Stage) -> None:
         assert isinstance(stage.coordinator, EarlyCoordinator)

@@ -14,7 +14,7 @@ from ..identity import tls  # before grpc
 from ..identity.certificates import needs_renewal
 from ..identity.enrol import told
 from ..identity.folder import IdentityFolder
-from ..model.tensors import NamedTensors
+from ..model.tensors import NamedTensors, Room, in_memory
 from ..wire.frames import Frame, chunk_digest, parse_header, piece_of
 from ..wire.protocol_pb2 import (
     AuditRequest,
@@ -197,8 +197,11 @@ class Client:
             except grpc.RpcError as error:
                 raise told(error, self.identity.address) from error
 
-    def frame(self, run: str, digest: str) -> dict[str, NamedTensors]:
+    def frame(self, run: str, digest: str, room: Room = in_memory) -> dict[str, NamedTensors]:
         """Tensors of a run by their frame's digest, every chunk verified; goes on where a connection broke.
+
+        Args:
+            room: where they are put.
 
         Raises:
             StateError: what came is not what the digest names.
@@ -212,9 +215,7 @@ class Client:
                 frame = parse_header(next(call))
                 if frame.digest != digest:
                     raise StateError("the coordinator sent other tensors than were asked for")
-                tensors = tensors or {
-                    c.name: NamedTensors.zeros(frame.plan.layout, wide=c.wide) for c in frame.plan.channels
-                }
+                tensors = tensors or {c.name: room(c.name, frame.plan.layout, wide=c.wide) for c in frame.plan.channels}
                 for chunk in call:
                     if chunk_digest(chunk) != frame.digests[done]:
                         raise StateError(f"chunk {done} arrived damaged", hint="try again", retry=True)

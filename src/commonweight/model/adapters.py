@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
-from ..recipe.schema import LORA_KINDS, AdapterSpec
-from .base import Base, because
+from ..recipe.schema import LORA_KINDS, AdapterSpec, ModelSpec
+from .base import Base, because, empty_model, load_tokenizer
 from .tensors import NamedTensors
 from .trainables import has_part
 
@@ -164,3 +164,33 @@ def save_adapter(model: Any, tokenizer: Any | None, folder: Path) -> None:
     model.save_pretrained(str(folder), safe_serialization=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
+
+
+def save_full(spec: ModelSpec, weights: NamedTensors, folder: Path) -> None:
+    """Write what a model folder is after all of its weights were trained, as `save_adapter` would with the model open
+    and its tokenizer. The base's weights are not read, and none are held: they may be views of a file.
+
+    Args:
+        weights: all parameters by name.
+
+    Raises:
+        ModelError: the base model's configuration or tokenizer is not here, or has other parameters than these.
+    """
+    tokenizer, model = load_tokenizer(spec), empty_model(spec)
+    names = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if names != {name: tensor.shape for name, tensor in weights.items()}:
+        raise ModelError(
+            f"the weights are not those of model {spec.name!r}", hint="was the run made with another base model?"
+        )
+    for name, tensor in weights.items():
+        module, _, last = name.rpartition(".")
+        setattr(model.get_submodule(module), last, torch.nn.Parameter(tensor, requires_grad=False))
+    model.tie_weights()
+    unknown = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
+    if unknown is not None:
+        raise ModelError(
+            f"model {spec.name!r} has {unknown}, which is not trained and cannot be written without its files",
+            hint="fetch with --tensors",
+        )
+    model.config.dtype = max(weights.layout.numels, key=lambda dtype: weights.layout.numels[dtype])
+    save_adapter(model, tokenizer, folder)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,25 @@ def load_weights(spec: ModelSpec, name: str, **arguments: Any) -> Any:
                 f"the files of model {name!r} {what} the weights {first}{more}",
                 hint="download or copy the model again, and check that config.json belongs to these weights",
             )
+    return model
+
+
+def empty_model(spec: ModelSpec) -> Any:
+    """A model of the base's configuration without weights: its parameters have shapes and take no memory.
+
+    Raises:
+        ModelError: its configuration cannot be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    _check_config(spec)
+    source = _source(spec.name)
+    with _quiet():
+        config = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        with suppress(OSError):  # it has none of its own
+            model.generation_config = GenerationConfig.from_pretrained(source, revision=spec.revision)
     return model
 
 

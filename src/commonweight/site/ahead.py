@@ -25,8 +25,8 @@ from .log import Log
 from .outbox import Desk
 from .transfer import STALL_S, Way, aside
 
-#: so many bytes are counted at once before they leave, or a chunk if that has more
-_COUNTED_BYTES = 4 << 20
+#: so many bytes are counted at once before they leave: each time a disk is waited for
+COUNTED_BYTES = 16 << 20
 
 #: (bytes, chunks, their SHA-256 in hex) that are about to leave
 Leaving = Callable[[int, int, str], Awaitable[None]]
@@ -102,15 +102,14 @@ class Ahead:
             call.cancel()
 
     def _finished(self, plan: Plan, sent: dict[torch.dtype, int]) -> list[Piece]:
-        """Chunks that were not sent and will not change any more, as many as are counted at once."""
-        (channel,) = plan.channels
+        """Chunks that were not sent and will not change any more, as many as are counted at once; [] if there are not
+        so many."""
+        (channel,), count = plan.channels, -(-COUNTED_BYTES // plan.chunk_bytes)
         for dtype, stop in list(self._desk.stops.items()):
-            start = sent.get(dtype, 0)
-            found = plan.pieces.over(channel.name, dtype, start, stop)[: max(1, _COUNTED_BYTES // plan.chunk_bytes)]
-            whole = [piece for piece in found if piece.start + piece.numel <= stop]
-            if whole:
-                sent[dtype] = whole[-1].start + whole[-1].numel
-                return whole
+            found = plan.pieces.over(channel.name, dtype, sent.get(dtype, 0), stop)[:count]
+            if len(found) == count and found[-1].start + found[-1].numel <= stop:
+                sent[dtype] = found[-1].start + found[-1].numel
+                return found
         return []
 
     async def _batch(self, call: Any, tensors: Mapping[str, NamedTensors], pieces: Sequence[Piece]) -> bool:
