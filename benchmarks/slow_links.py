@@ -98,7 +98,7 @@ def measured(folder: Path, codec: Any, given: argparse.Namespace) -> dict[str, f
         names = federation.site_names(given.sites)
         federation.enrol_sites(names)
         lines = [Line(federation.ports["services"], up=given.up, down=given.down) for _ in names]
-        with _all(lines) as ports:
+        with all_open(lines) as ports:
             for name, port in zip(names, ports, strict=True):
                 federation.route(name, port)
                 federation.sites.append(federation.start_site(name))
@@ -115,11 +115,12 @@ def measured(folder: Path, codec: Any, given: argparse.Namespace) -> dict[str, f
 
 
 @contextmanager
-def _all(lines: list[Line]) -> Iterator[list[int]]:
+def all_open(lines: list[Line]) -> Iterator[list[int]]:
+    """The ports on which they listen inside."""
     if not lines:
         yield []
         return
-    with lines[0].open() as port, _all(lines[1:]) as others:
+    with lines[0].open() as port, all_open(lines[1:]) as others:
         yield [port, *others]
 
 
