@@ -1,12 +1,14 @@
 """What a private step costs: time and memory of DP-SGD over the plain step, by opacus's ways and by forward pass size.
 
-    python benchmarks/dp_sgd.py [--hidden H] [--layers L] [--rank R] [--tokens T] [--batch B] [--micro 1,4,B] [--json]
+    python benchmarks/dp_sgd.py [--hidden H] [--layers L] [--rank R] [--tokens T] [--shortest S] [--batch B]
+                                [--micro 1,4,B] [--modes …] [--json]
 
-A random Llama with LoRA on all linear layers, one thread, a batch of B examples of T/2 to T tokens. Each figure is a
-process of its own; a step is the gradient of a batch, for private ones with clipping, the sum and the noise.
+A random Llama with LoRA on all linear layers, one thread, a batch of B examples of S (T/2) to T tokens. Each figure is
+a process of its own; a step is the gradient of a batch, for private ones with clipping, the sum and the noise.
 
     plain        the mean loss's gradient
     private      what runs do (`train/per_example.py`)
+    packed       the same, of examples packed into sequences of T tokens, as many sequences a pass
     hooks        opacus's hooks, which take down the same
     functorch    opacus's other way to gradients of single examples: each layer's gradient, vectorised
     ghost        opacus's ghost clipping: norms without these gradients, then a second backward pass
@@ -29,7 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-MODES = ("plain", "private", "hooks", "functorch", "ghost")
+MODES = ("plain", "private", "packed", "hooks", "functorch", "ghost")
 BOUND, STEPS = 0.5, 5
 
 
@@ -42,6 +44,7 @@ class Setting:
     layers: int
     rank: int
     tokens: int
+    shortest: int
     batch: int
     micro: int
 
@@ -112,10 +115,12 @@ def _step(setting: Setting) -> Callable[[], None]:
     if setting.mode in ("hooks", "functorch"):
         return _opacus(language_model, trainables, micro_batches, noise, functorch=setting.mode == "functorch")
 
+    room, device = setting.tokens if setting.mode == "packed" else 0, torch.device("cpu")
+
     def private() -> None:
         trainables.zero_gradients()
         with example_gradients(language_model, trainables) as examples:
-            for units in batches.unit_batches(tokens, rows, setting.micro, torch.device("cpu")):
+            for units in batches.unit_batches(tokens, rows, setting.micro, device, room=room):
                 examples.add_clipped(units, backward, BOUND)
             trainables.gradients.copy_(noise.release(examples.total, 0))
 
@@ -198,7 +203,7 @@ def _tokens(setting: Setting) -> Any:
     from commonweight.data.tokens import Tokens
 
     draw = np.random.default_rng(0)
-    lengths = draw.integers(setting.tokens // 2, setting.tokens + 1, setting.batch)
+    lengths = draw.integers(setting.shortest, setting.tokens + 1, setting.batch)
     ids = draw.integers(0, 512, int(lengths.sum()), dtype=np.int32)
     labelled = np.concatenate([np.arange(length) > length // 4 for length in lengths])
     return Tokens(ids, labelled, np.cumsum([0, *lengths]))
@@ -213,12 +218,17 @@ def measured(setting: Setting) -> dict[str, Any]:
 
 
 def compare(settings: list[Setting]) -> list[dict[str, Any]]:
-    """Every figure, with its ratios to the plain one of the same forward pass size, which is measured beside it."""
+    """Every figure, with its ratios to the plain one of the same forward pass size, which is measured beside it; of
+    packed steps also the time over the padded private one."""
     rows = [measured(setting) for setting in settings]
     plain = {row["micro"]: row for row in rows if row["mode"] == "plain"}
     for row in rows:
         for figure in ("step_ms", "peak_mib"):
             row[f"{figure.split('_')[0]}_over"] = row[figure] / plain[row["micro"]][figure]
+    padded = {row["micro"]: row["step_ms"] for row in rows if row["mode"] == "private"}
+    for row in rows:
+        if row["mode"] == "packed" and row["micro"] in padded:
+            row["step_over_padded"] = row["step_ms"] / padded[row["micro"]]
     return rows
 
 
@@ -228,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--shortest", type=int, help="Tokens of the shortest example. Default: half of --tokens.")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--micro", help="Examples a forward pass. Default: 1, half the batch, the batch.")
     parser.add_argument("--modes", default=",".join(MODES))
@@ -242,7 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     modes = list(dict.fromkeys(["plain", *given.modes.split(",")]))
     if not set(modes) <= set(MODES):
         parser.error(f"--modes are some of {', '.join(MODES)}")
-    model = (given.hidden, given.layers, given.rank, given.tokens, given.batch)
+    shortest = given.tokens // 2 if given.shortest is None else given.shortest
+    model = (given.hidden, given.layers, given.rank, given.tokens, shortest, given.batch)
     rows = compare([Setting(mode, *model, micro) for micro in micros for mode in modes])
     if given.json:
         print(json.dumps({"rows": rows}))
@@ -253,6 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{row['mode']:10} {row['micro']:6} {row['step_ms']:9.1f} {row['step_over']:10.2f} "
             f"{row['peak_mib']:9.1f} {row['peak_over']:10.2f}"
         )
+    for row in rows:
+        if "step_over_padded" in row:
+            print(f"packed over padded, {row['micro']} sequences a pass: {row['step_over_padded']:.2f}")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -82,9 +85,11 @@ LENGTHS = (12, 4, 9, 20, 7)
 IN_ORDER = [3, 0, 2, 4, 1]
 
 
-def test_gradients_of_a_padded_batch_are_those_that_each_example_has_alone(participant: Participant) -> None:
+@pytest.mark.parametrize("room", [0, 24, 60], ids=["padded", "packed", "in one sequence"])
+def test_gradients_of_a_batch_are_those_that_each_example_has_alone(participant: Participant, room: int) -> None:
     tokens = some_tokens(LENGTHS)
-    (batch,) = batches.unit_batches(tokens, [[k] for k in IN_ORDER], len(LENGTHS), CPU)
+    (batch,) = batches.unit_batches(tokens, [[k] for k in IN_ORDER], len(LENGTHS), CPU, room=room)
+    assert len(batch.batch.ids) == {0: 5, 24: 3, 60: 1}[room]
     participant.language_model.model.train()
     with example_gradients(participant.language_model, participant.trainables) as examples:
         found, nats = examples.take(batch, backward)
@@ -152,14 +157,17 @@ def of_groups(participant: Participant, tokens: Tokens, groups: list[list[int]],
     return total
 
 
+@pytest.mark.parametrize("room", [0, 24], ids=["padded", "packed"])
 @pytest.mark.parametrize("micro", [1, 2, 3, 5])
-def test_a_groups_gradient_is_the_mean_of_its_rows_and_clipped_as_one(participant: Participant, micro: int) -> None:
+def test_a_groups_gradient_is_the_mean_of_its_rows_and_clipped_as_one(
+    participant: Participant, micro: int, room: int
+) -> None:
     """Also where a forward pass ends in the middle of a group, or one is longer than a pass."""
     tokens = some_tokens(LENGTHS)
     for groups in (GROUPS, [[0, 1, 2, 3, 4]], [[0, 1, 3, 4], [2]]):
         participant.language_model.model.train()
         with example_gradients(participant.language_model, participant.trainables) as examples:
-            for batch in batches.unit_batches(tokens, groups, micro, CPU):
+            for batch in batches.unit_batches(tokens, groups, micro, CPU, room=room):
                 assert len(batch.batch.ids) <= micro
                 examples.add_clipped(batch, backward, 0.3)
         for name, tensor in of_groups(participant, tokens, groups, 0.3).items():
@@ -387,6 +395,58 @@ def test_a_layer_that_mixes_rows_is_found_out() -> None:
     layers[0].register_forward_pre_hook(mixed)
     with pytest.raises(RecipeError, match="lora_"):
         check_examples(LanguageModel(model), Trainables(model), backward)
+
+
+def test_a_model_that_looks_across_the_seams_of_packed_examples_is_found_out() -> None:
+    """Here a layer sees the token before; beside each other, examples stay what they are alone."""
+    model = small_llama(target_modules=["v_proj"])
+
+    def shifted(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (inputs[0] + 1e-6 * torch.nn.functional.pad(inputs[0][:, :-1], (0, 0, 1, 0)), *inputs[1:])
+
+    language_model, trainables = LanguageModel(model), Trainables(model)
+    check_examples(language_model, trainables, backward, packing=True)
+    layers = [module for name, module in model.named_modules() if name.endswith("layers.0.mlp.up_proj")]
+    layers[0].register_forward_pre_hook(shifted)
+    check_examples(language_model, trainables, backward)
+    with pytest.raises(RecipeError, match="packed examples see each other"):
+        check_examples(language_model, trainables, backward, packing=True)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=14),
+    cuts=st.sets(st.integers(1, 13)),
+    size=st.integers(1, 4),
+    room=st.sampled_from([0, 12, 20]),
+    most=st.none() | st.integers(1, 5),
+)
+def test_passes_hold_every_example_once_and_leave_one_unit_open_at_most(
+    lengths: list[int], cuts: set[int], size: int, room: int, most: int | None
+) -> None:
+    tokens, edges = some_tokens(tuple(lengths)), sorted({0, *(c for c in cuts if c < len(lengths)), len(lengths)})
+    units = [list(range(a, b)) for a, b in pairwise(edges)]
+    owner = {example: number for number, unit in enumerate(units) for example in unit}
+    seen: list[int] = []
+    whole: list[int] = []
+    going_on: int | None = None
+    for one in batches.unit_batches(tokens, units, size, CPU, room=room, most=most):
+        assert len(one.batch.ids) <= size
+        assert most is None or len(one.pieces) <= most
+        assert not room or one.batch.ids.shape[1] <= room
+        here: dict[int, set[int]] = {}
+        for row, start, stop, unit in one.pieces:
+            (example,) = set(one.batch.examples[row, start:stop].tolist())
+            assert one.batch.ids[row, start:stop].tolist() == tokens.ids_of(example).tolist()
+            seen.append(example)
+            here.setdefault(unit, set()).add(owner[example])
+        assert sorted(here) == list(range(one.num_units))
+        numbers = [number for unit in sorted(here) for number in here[unit]]
+        assert len(numbers) == one.num_units
+        assert going_on is None or numbers[0] == going_on
+        whole += numbers[: one.num_units - one.goes_on]
+        going_on = numbers[-1] if one.goes_on else None
+    assert sorted(seen) == list(range(len(lengths)))
+    assert sorted(whole) == list(range(len(units)))
 
 
 def test_dropout_and_an_unusual_mode_do_not_matter() -> None:

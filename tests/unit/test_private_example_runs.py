@@ -25,6 +25,8 @@ from commonweight.model.tensors import NamedTensors
 from commonweight.privacy.spending import cost
 from commonweight.recipe import Recipe
 from commonweight.site.workshop import RecipeWorkshop
+from commonweight.train.batches import UnitBatch
+from commonweight.train.per_example import Backward, ExampleGradients
 from tests.unit.command_line import call
 from tests.unit.test_workshop import RUN, job_of, workshop_of
 
@@ -178,7 +180,6 @@ def test_noise_that_is_not_there_is_infinite_epsilon(make_recipe: MakeRecipe, tm
         ({"model": {"adapter": {"kind": "ia3"}}}, "adapter.kind ia3"),
         ({"model": {"adapter": {"kind": "prompt"}}}, "adapter.kind prompt"),
         ({"model": {"adapter": {"budget": {"north": 0.5}}}}, "leave them out"),
-        ({"training": {"packing": True}}, "packing: false"),
         ({"training": {"gradient_checkpointing": True}}, "gradient_checkpointing: false"),
         ({"federation": {"weighting": "tokens"}}, "weighting: examples or uniform"),
         ({"privacy": {"clip": None}}, "needs `clip`"),
@@ -203,6 +204,39 @@ def test_an_objective_that_does_not_know_single_examples_is_refused(
     monkeypatch.setattr(SupervisedFineTuning, "of_examples", False)
     with pytest.raises(RecipeError, match="a sum over examples"):
         run(private(make_recipe), tmp_path / "run")
+
+
+@pytest.mark.usefixtures("one_secret")
+@pytest.mark.parametrize("unit", ["example", "group"])
+def test_a_packed_step_is_the_padded_one(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    """The same draws, the same noise: what differs is the order in which numbers are added up."""
+    deltas: list[torch.Tensor] = []
+    passes: list[list[tuple[int, int]]] = []
+    take = ExampleGradients.take
+
+    def counting(self: ExampleGradients, units: UnitBatch, backward: Backward) -> Any:
+        passes[-1].append((len(units.batch.ids), len(units.pieces)))
+        return take(self, units, backward)
+
+    for packing in (False, True):
+        privacy = {**PRIVATE, "dp": unit, **({"by": "subject"} if unit == "group" else {})}
+        training = {"packing": packing, "max_tokens": 96, "batch_size": 6, "micro_batch_size": 5, "optimizer": "sgd"}
+        bench = build_bench(private(make_recipe, privacy=privacy, training=training))
+        bench.secret = NoiseSecret(tmp_path)
+        bench.secret.make()
+        passes.append([])
+        task, delta = TrainTask(1, "north", 0.5, bench.facts.steps["north"]), NamedTensors.empty(bench.theta.layout)
+        with monkeypatch.context() as patched:
+            patched.setattr(ExampleGradients, "take", counting)
+            TaskWork(bench, tmp_path, lambda _: None).train(task, {"theta": bench.theta}, delta, {})
+        deltas.append(delta.flats[torch.float32])
+    padded, packed = passes
+    assert float((deltas[0] - deltas[1]).norm()) < 1e-4 * float(deltas[0].norm())
+    assert sum(examples for _, examples in packed) == sum(examples for _, examples in padded)
+    assert sum(sequences for sequences, _ in packed) < 0.7 * sum(sequences for sequences, _ in padded)
+    assert max(examples for _, examples in packed) <= 5, "as many copies of the gradient as the recipe allows"
 
 
 # --- sites of a network

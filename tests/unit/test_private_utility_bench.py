@@ -42,6 +42,8 @@ def test_ratios_are_to_the_plain_step_of_the_same_forward_pass(monkeypatch: pyte
         return {"mode": setting.mode, "micro": setting.micro, "step_ms": step, "peak_mib": 2 * step}
 
     monkeypatch.setattr(dp_sgd, "measured", figure)
-    found = compare([Setting(mode, 8, 1, 2, 8, 4, micro) for micro in (1, 4) for mode in ("plain", "hooks")])
-    assert [row["step_over"] for row in found] == [1.0, 1.5, 1.0, 1.5]
-    assert [row["peak_over"] for row in found] == [1.0, 1.5, 1.0, 1.5]
+    modes = ("plain", "private", "packed")
+    found = compare([Setting(mode, 8, 1, 2, 8, 4, 4, micro) for micro in (1, 4) for mode in modes])
+    assert [row["step_over"] for row in found] == [1.0, 1.5, 1.5] * 2
+    assert [row["peak_over"] for row in found] == [1.0, 1.5, 1.5] * 2
+    assert [row.get("step_over_padded") for row in found] == [None, None, 1.0] * 2

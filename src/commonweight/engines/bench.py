@@ -236,7 +236,7 @@ def _check_private(recipe: Recipe, objective: Objective, language_model: Languag
             "over examples",
             hint="use training.objective sft, or say so in its class (`of_examples`) if it is true",
         )
-    check_examples(language_model, trainables, objective.backward)
+    check_examples(language_model, trainables, objective.backward, packing=recipe.training.packing)
 
 
 def trained_on(recipe: Recipe, sites: list[Site]) -> list[Site]:

@@ -313,13 +313,13 @@ class TrainingSpec(Section):
         8,
         ge=1,
         description="Examples (packed: sequences) an optimizer step; with `privacy.dp` example or group the number of "
-        "examples or groups to be expected.",
+        "examples or groups to be expected, packed or not.",
     )
     micro_batch_size: int | Literal["auto"] = Field(
         "auto",
         description="Examples a forward pass; gradients accumulate over a batch, weighted by tokens, so that the step "
         "is the same to rounding. `auto`: about 1,024 tokens on CPU, the whole batch on a GPU. With `privacy.dp` "
-        "example or group as many copies of the adapter's gradient are held at once.",
+        "example or group a copy of the adapter's gradient is held for each, packed or not.",
     )
     max_tokens: int = Field(512, ge=2, description="Tokens an example (packed: a sequence); longer ones are cut.")
     packing: bool = Field(False, description="Fill sequences with several examples, attention kept apart at the seams.")
@@ -992,11 +992,6 @@ class Recipe(Section):
             raise ValueError(
                 f"{dp} adds noise to the whole adapter, but model.adapter.sites or model.adapter.budget gives sites a "
                 "part of it; leave them out"
-            )
-        if training.packing:
-            raise ValueError(
-                f"{dp} draws each example by itself, but training.packing puts several in one sequence; "
-                "use packing: false, and a smaller max_tokens or micro_batch_size to save memory"
             )
         if training.gradient_checkpointing:
             raise ValueError(

@@ -7,7 +7,7 @@ groups of them, whose gradients are told apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +50,8 @@ class UnitBatch:
     """Sequences of some units, side by side.
 
     Args:
-        units: int64 [B, T]; the place of a token's unit among the batch's, −1 for padding.
+        pieces: (sequence, start, stop, unit) of each example: where its tokens are, and its unit's place among the
+            batch's.
         weights: float64 [L]; what each label counts for in its unit's loss, the mean over its examples of each one's
             mean nats a label token.
         num_units: U.
@@ -58,10 +59,10 @@ class UnitBatch:
     """
 
     batch: Batch
-    units: Tensor
+    pieces: list[tuple[int, int, int, int]]
     weights: Tensor
     num_units: int
-    goes_on: bool = False
+    goes_on: bool
 
 
 def num_steps(spec: TrainingSpec, num_sequences: int) -> int:
@@ -114,46 +115,59 @@ def micro_batches(tokens: Tokens, batch: Rows, size: int, device: torch.device) 
         yield collate(tokens, by_length[start : start + size], device)
 
 
-def unit_batches(tokens: Tokens, units: Rows, size: int, device: torch.device) -> Iterator[UnitBatch]:
-    """Cut units, each a number of examples, into forward passes of at most `size` examples, similar lengths together.
+def unit_batches(
+    tokens: Tokens, units: Rows, size: int, device: torch.device, *, room: int = 0, most: int | None = None
+) -> Iterator[UnitBatch]:
+    """Cut units, each a number of examples, into forward passes of at most `size` sequences.
 
     A unit's examples follow each other, so that no more than one unit goes on from one pass to the next.
+
+    Args:
+        room: tokens of a sequence into which examples are packed, first-fit among those of the pass; 0: each example is
+            a sequence, and similar lengths go together.
+        most: examples in a pass.
     """
     lengths = tokens.lengths
-    by_length = sorted(units, key=lambda unit: (-max(int(lengths[e]) for e in unit), unit))
-    placed = [(number, e) for number, unit in enumerate(by_length) for e in unit]
-    for start in range(0, len(placed), size):
-        taken = placed[start : start + size]
-        first, last = taken[0][0], taken[-1][0]
-        unit_of = {example: number - first for number, example in taken}
-        shares = {example: 1.0 / len(by_length[number]) for number, example in taken}
-        goes_on = start + size < len(placed) and placed[start + size][0] == last
-        yield _unit_batch(tokens, [[e] for _, e in taken], unit_of, shares, device, goes_on)
+    if not room:
+        units = sorted(units, key=lambda unit: (-max(int(lengths[e]) for e in unit), unit))
+    placed = [(number, example) for number, unit in enumerate(units) for example in unit]
+    rows: Rows = []
+    free: list[int] = []
+    first = 0
+    for place, (number, example) in enumerate(placed):
+        length = int(lengths[example])
+        fit = next((k for k, left in enumerate(free) if left >= length), None)
+        if place - first == most or (fit is None and len(rows) == size):
+            yield _unit_batch(tokens, units, placed[first:place], rows, device, goes_on=placed[place - 1][0] == number)
+            rows, free, first, fit = [], [], place, None
+        if fit is None:
+            rows.append([example])
+            free.append(room - length)
+        else:
+            rows[fit].append(example)
+            free[fit] -= length
+    if rows:
+        yield _unit_batch(tokens, units, placed[first:], rows, device, goes_on=False)
 
 
 def _unit_batch(
-    tokens: Tokens,
-    rows: Rows,
-    unit_of: Mapping[int, int],
-    shares: Mapping[int, float],
-    device: torch.device,
-    goes_on: bool,
+    tokens: Tokens, units: Rows, placed: list[tuple[int, int]], rows: Rows, device: torch.device, *, goes_on: bool
 ) -> UnitBatch:
     """Args:
-    unit_of, shares: the place of an example's unit, and what the example counts for in it.
+    placed: (number of its unit, example) of all in these rows, in order.
     """
-    batch = collate(tokens, rows, device)
-    units, weights = torch.full(batch.ids.shape, -1), []
+    number_of, first = {example: number for number, example in placed}, placed[0][0]
+    pieces, weights = [], [np.zeros(0)]
     for b, row in enumerate(rows):
         start = 0
         for example in row:
-            labels = int(tokens.labelled_of(example).sum())
             stop = start + int(tokens.lengths[example])
-            units[b, start:stop] = unit_of[example]
-            weights.append(np.full(labels, shares[example] / max(1, labels)))
+            pieces.append((b, start, stop, number_of[example] - first))
+            labels = int(tokens.labelled_of(example).sum())
+            weights.append(np.full(labels, 1.0 / len(units[number_of[example]]) / max(1, labels)))
             start = stop
     found = torch.from_numpy(np.concatenate(weights)).to(device)
-    return UnitBatch(batch, units.to(device), found, max(unit_of.values()) + 1, goes_on)
+    return UnitBatch(collate(tokens, rows, device), pieces, found, placed[-1][0] - first + 1, goes_on)
 
 
 def micro_batch_size(spec: TrainingSpec, device: torch.device) -> int:

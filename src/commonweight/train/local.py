@@ -211,7 +211,9 @@ class GradientObjective(Objective):
             for micro in batches.micro_batches(task.tokens, batch, size, model.device):
                 nats += self.backward(model, micro, 1.0 / labels)
         else:
-            for units in batches.unit_batches(task.tokens, batch, size, model.device):
+            room = task.spec.max_tokens if task.spec.packing else 0
+            most = None if task.spec.micro_batch_size == "auto" else size
+            for units in batches.unit_batches(task.tokens, batch, size, model.device, room=room, most=most):
                 nats += examples.add_clipped(units, self.backward, task.privacy.bound)
             trainables.gradients.copy_(task.privacy.release(examples.total, step))
             examples.forget()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,7 +31,9 @@ from .loss import LanguageModel
 
 #: adds the gradient of Σ scale·nats over a batch's labels to the gradients, scale one number a label; returns Σ nats
 Backward = Callable[[LanguageModel, Batch, Tensor], float]
-_PROBE_LENGTHS = (9, 5)
+_PROBE_LENGTHS = (9, 7, 5, 4)
+#: packed, the first three go into one sequence and the last into another
+_PROBE_ROOM = 22
 _PROBE_TOLERANCE = 1e-2
 
 
@@ -117,12 +120,20 @@ class ExampleGradients:
 
 
 def by_unit(a: Tensor, b: Tensor, units: UnitBatch) -> Tensor:
-    """Σ bₜᵀaₜ over each unit's tokens, [U, out, in]."""
+    """Σ bₜᵀaₜ over each unit's tokens, [U, out, in].
+
+    Sequences of one example each are taken together; b is zero on their padding, on which no loss depends.
+    """
+    if len(units.pieces) > len(a):
+        found = b.new_zeros(units.num_units, b.shape[-1], a.shape[-1])
+        for row, start, stop, unit in units.pieces:
+            found[unit].addmm_(b[row, start:stop].T, a[row, start:stop])
+        return found
     of_rows = torch.einsum("bti,btj->bij", b, a)
     if units.num_units == len(of_rows):
         return of_rows
     found = of_rows.new_zeros(units.num_units, *of_rows.shape[1:])
-    return found.index_add_(0, units.units[:, 0], of_rows)
+    return found.index_add_(0, torch.tensor([piece[-1] for piece in units.pieces], device=a.device), of_rows)
 
 
 @contextmanager
@@ -142,18 +153,23 @@ def example_gradients(language_model: LanguageModel, trainables: Trainables) -> 
             hook.remove()
 
 
-def check_examples(language_model: LanguageModel, trainables: Trainables, backward: Backward) -> None:
-    """Find out, on two made-up examples, whether each one's gradient in a batch is the one that it has alone.
+def check_examples(
+    language_model: LanguageModel, trainables: Trainables, backward: Backward, *, packing: bool = False
+) -> None:
+    """Find out, on made-up examples, whether each one's gradient in a batch is the one that it has alone.
 
     It is not where a layer mixes rows or is not called once for all of them (experts), or where something is trained
     that is not a linear layer's weight.
+
+    Args:
+        packing: they share sequences. Then none may see another, in any bit.
 
     Raises:
         RecipeError: it is not, or cannot be known.
     """
     before, mode = trainables.values.clone(), language_model.model.training
     try:
-        wrong = _first_wrong(language_model, trainables, backward)
+        wrong = _first_wrong(language_model, trainables, backward, _PROBE_ROOM if packing else 0)
     except Exception as error:  # what hooks meet in a model's code may raise anything
         wrong = f"{type(error).__name__}: {error}"
     finally:
@@ -165,11 +181,11 @@ def check_examples(language_model: LanguageModel, trainables: Trainables, backwa
             "differential privacy of examples or groups: of this model and adapter the gradients of single examples "
             f"cannot be told ({wrong})",
             hint="name linear layers in model.adapter.targets that every token passes through, neither the output "
-            "layer nor an embedding, or use privacy.dp site",
+            "layer nor an embedding, set training.packing to false, or use privacy.dp site",
         )
 
 
-def _first_wrong(language_model: LanguageModel, trainables: Trainables, backward: Backward) -> str:
+def _first_wrong(language_model: LanguageModel, trainables: Trainables, backward: Backward, room: int) -> str:
     """The first trained tensor whose gradients are not right, or nothing."""
     if language_model.head is not None and any(p.requires_grad for p in language_model.head.parameters()):
         return "the output layer is trained"
@@ -177,12 +193,13 @@ def _first_wrong(language_model: LanguageModel, trainables: Trainables, backward
     for _, flat in trainables.values.floating():  # LoRA's B starts at zero, and A's gradient with it
         flat.copy_(torch.randn(flat.shape, generator=draw) * 0.05)
     language_model.model.eval()  # without dropout, which would differ from pass to pass
-    ids = torch.randint(language_model.vocabulary, (sum(_PROBE_LENGTHS),), generator=draw)
-    rows = [np.asarray(row, np.int32) for row in torch.split(ids, [*_PROBE_LENGTHS])]
-    tokens = Tokens.of([(row, np.arange(len(row)) > 0) for row in rows])
+    tokens, device = _made_up(language_model.vocabulary, draw), language_model.device
+    every = [[example] for example in range(len(tokens))]
     together, *alone = (
-        next(unit_batches(tokens, units, len(units), language_model.device)) for units in ([[0], [1]], [[0]], [[1]])
+        next(unit_batches(tokens, units, len(units), device, room=room)) for units in (every, *([one] for one in every))
     )
+    if room and not _apart(language_model, tokens, together, room):
+        return "packed examples see each other"
     with example_gradients(language_model, trainables) as examples:
         gradients, _ = examples.take(together, backward)
     for name in examples.names:
@@ -196,6 +213,29 @@ def _first_wrong(language_model: LanguageModel, trainables: Trainables, backward
             if found.shape != expected.shape or _norm(found - expected) > _PROBE_TOLERANCE * _norm(expected):
                 return name
     return ""
+
+
+def _made_up(vocabulary: int, draw: torch.Generator) -> Tokens:
+    """Examples of the probe's lengths, the longest first."""
+    ids = torch.randint(vocabulary, (sum(_PROBE_LENGTHS),), generator=draw)
+    rows = [np.asarray(row, np.int32) for row in torch.split(ids, [*_PROBE_LENGTHS])]
+    return Tokens.of([(row, np.arange(len(row)) > 0) for row in rows])
+
+
+@torch.no_grad()
+def _apart(language_model: LanguageModel, tokens: Tokens, packed: UnitBatch, room: int) -> bool:
+    """Whether nothing at all changes at packed examples when another one becomes a different one."""
+    states, _, examples = language_model.at_labels(packed.batch)
+    for example in range(len(tokens)):
+        ids = tokens.ids.copy()
+        ids[tokens.bounds[example] : tokens.bounds[example + 1]] += 1
+        changed = replace(tokens, ids=ids % language_model.vocabulary)
+        every = [[e] for e in range(len(tokens))]
+        (batch,) = unit_batches(changed, every, len(every), language_model.device, room=room)
+        others = examples != example
+        if not torch.equal(language_model.at_labels(batch.batch)[0][others], states[others]):
+            return False
+    return True
 
 
 def _norm(tensor: Tensor) -> float:

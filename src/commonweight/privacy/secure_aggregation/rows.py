@@ -74,10 +74,12 @@ class Most:
     def of(cls, recipe: Recipe, steps: int) -> Self:
         """By the steps that are asked of the site that takes most of them."""
         spec = recipe.training
-        sequences = steps * spec.batch_size
+        sequences = examples = steps * spec.batch_size
         if recipe.privacy.noisy_steps:  # batches are drawn by coins; four times as many is beyond any chance
-            sequences = 4 * sequences + 64
-        return cls(sequences * (spec.max_tokens if spec.packing else 1), sequences * spec.max_tokens)
+            sequences = examples = 4 * sequences + 64
+        elif spec.packing:
+            examples *= spec.max_tokens
+        return cls(examples, sequences * spec.max_tokens)
 
     def weight(self, weighting: str) -> int:
         return {"examples": self.examples, "tokens": self.label_tokens, "uniform": 1}[weighting]
