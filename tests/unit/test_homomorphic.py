@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from commonweight.engines.forecast import forecast
 from commonweight.errors import RecipeError, RoundError
 from commonweight.launch import run
 from commonweight.recipe import Recipe
@@ -104,6 +105,8 @@ def test_a_run_has_the_bits_of_masks(make_recipe: MakeRecipe, tmp_path: Path) ->
         assert (one["train_loss"], one["examples"]) == (other["train_loss"], other["examples"])
         assert other["bytes_up"] > 7.9 * one["bytes_up"], "the ciphertexts' bytes are counted"
     assert (found["privacy"]["secure_sums"], found["privacy"]["homomorphic"]) == (True, True)
+    planned = forecast(make_recipe(privacy=ENCRYPTED, training=training), secure=False, num_sites=3)
+    assert (planned.hidden, planned.moved_up) == ("encrypted", found["bytes"]["up"])
     assert "of encrypted updates" in (tmp_path / "encrypted" / "report.html").read_text()
 
 

@@ -91,7 +91,7 @@ def say_forecast(found: Forecast | None, why: str, asked: Asked) -> None:
 def _say(found: Forecast, asked: Asked) -> None:
     rounds = "versions" if found.asynchronous else "rounds"
     own = found.trained - found.sent
-    how = "masked" if found.secure else "compressed" if found.coded else ""
+    how = found.hidden or ("compressed" if found.coded else "")
     ratio = f", {found.plain_up / found.up:.1f} times fewer bytes" if found.coded else ""
     say("")
     say(f"On the wire: {found.sent:,} of {found.num_parameters:,} parameters")

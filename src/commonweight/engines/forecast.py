@@ -27,6 +27,7 @@ from ..federation.cohort import invited
 from ..federation.tally import Sites
 from ..model.base import load_tokenizer
 from ..model.tensors import Layout
+from ..privacy import homomorphic
 from ..privacy.secure_aggregation.rows import row_layout
 from ..recipe.compatibility import keeps_state
 from ..recipe.schema import Recipe
@@ -91,7 +92,8 @@ class Forecast:
     Args:
         up, down: bytes of one site's round; of one with the whole adapter, where some hold parts.
         up_at_most: whether `up` is a bound, because a codec packs what it writes.
-        coded: whether updates are made small, secure: whether they are masked.
+        coded: whether updates are made small.
+        hidden: in sums, by what: `masked`, `encrypted`, or "": they are not.
         plain_up: what `up` would be in the adapter's own numbers.
         sites: that there are; None: not known.
         cohort: sites of a round; with an asynchronous strategy, updates of a version. None: not known.
@@ -109,7 +111,7 @@ class Forecast:
     down: int
     up_at_most: bool
     coded: bool
-    secure: bool
+    hidden: str
     plain_up: int
     sites: int | None
     cohort: int | None
@@ -174,7 +176,8 @@ def forecast(
     layout, channels = skeleton.layout, len(strategy.update_channels)
     coder = coder_of(recipe.compression, layout, recipe.seed, channels)
     plain = layout.num_bytes * channels
-    up = row_layout(layout).num_bytes if secure else _coded_bytes(coder, channels) if coder else plain
+    hidden = "encrypted" if recipe.privacy.secure_aggregation == "homomorphic" else "masked" if secure else ""
+    up = _hidden_bytes(hidden, layout) if hidden else _coded_bytes(coder, channels) if coder else plain
     down = layout.num_bytes * (1 + len(strategy.broadcast_channels))
     num_sites = num_sites if num_sites is not None else len(sites.names) if sites is not None else None
     cohort = _answers(strategy, recipe, num_sites)
@@ -188,9 +191,9 @@ def forecast(
     return Forecast(
         up,
         down,
-        coder is not None and any(codec.packing is not None for codec in coder.codecs) and not secure,
-        coder is not None and not secure,
-        secure,
+        coder is not None and any(codec.packing is not None for codec in coder.codecs) and not hidden,
+        coder is not None and not hidden,
+        hidden,
         plain,
         num_sites,
         cohort,
@@ -210,6 +213,12 @@ def forecast(
         sum(skeleton.trained.numels.values()),
         sum(layout.numels.values()),
     )
+
+
+def _hidden_bytes(hidden: str, layout: Layout) -> int:
+    """What a site sends of a row of the ring."""
+    row = row_layout(layout)
+    return row.num_bytes if hidden == "masked" else homomorphic.num_bytes(sum(row.numels.values()))
 
 
 def sites_of(recipe: Recipe) -> Sites:

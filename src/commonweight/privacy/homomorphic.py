@@ -29,6 +29,8 @@ from .secure_aggregation.masks import Ring
 _DEGREE, _MODULI_BITS, _SCALE = 4096, (60, 49), 2.0**26
 #: elements in a ciphertext
 SLOTS = _DEGREE // 2
+#: of one, as TenSEAL writes it; one with less than 128 elements may have a byte less
+_CIPHERTEXT_BYTES = 65_676
 #: how far from a whole number a decrypted one may be; beyond, it is no sum of rows under this key
 _SURE = 0.25
 
@@ -48,6 +50,11 @@ def tenseal() -> Any:
             "bytes, and less time",
         ) from error
     return tenseal
+
+
+def num_bytes(length: int) -> int:
+    """What a site sends of a row of so many elements."""
+    return -(-length // SLOTS) * _CIPHERTEXT_BYTES
 
 
 def _context() -> Any:
