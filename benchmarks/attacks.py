@@ -7,7 +7,8 @@ Real runs: base model, data and rounds are a recipe's (default: the demo's, its 
 shares of the hospitals, a quarter of them held out); `hostile.py` has the attacks. A figure is the mean over the honest
 sites of the final held-out loss, in nats a label token, and its ratio to FedAvg's without an attack on the same seed;
 the row `none` is what a rule costs on clean data. Behind `+nearest` a rule mixes each update with its nearest ones
-first. A rule holds if its ratio, mean over the seeds, is at most 1.05 in every row. Backdoors are judged by more than
+first; behind `/4` it sees no update, but the secure sums of random groups of at least four sites, and its f is of
+groups. A rule holds if its ratio, mean over the seeds, is at most 1.05 in every row. Backdoors are judged by more than
 the loss: the second table says how often the model gives the planted answer to held-out prompts with the trigger (all
 of its tokens the likeliest, as greedy generation takes them) and what its loss is, before and after the attack.
 """
@@ -55,7 +56,9 @@ from commonweight.federation.global_model import MemoryModel
 from commonweight.federation.journal import Journal
 from commonweight.federation.messages import Engine
 from commonweight.federation.run import FederatedRun
+from commonweight.federation.secure_rounds import check_sums
 from commonweight.federation.shelf import FolderShelf
+from commonweight.federation.simulated_sums import SimulatedSums
 from commonweight.model.tensors import NamedTensors
 from commonweight.recipe.load import check_methods, load_recipe
 from commonweight.recipe.schema import Method, Recipe
@@ -138,19 +141,30 @@ def _number(text: str, *, whole: bool, where: str) -> float:
 
 
 def rule_of(text: str, num_hostile: int) -> Method:
-    """A strategy from `name` or `name+nearest`, with `f` where it takes one.
+    """A strategy from `name` or `name+nearest`, with `f` where it takes one; `/size` behind it is left to
+    `group_size_of`.
 
     Raises:
         RecipeError: no such strategy, or it does not mix.
     """
-    name = text.removesuffix(NEAREST)
+    name = text.replace(NEAREST, "").partition("/")[0]
     fields = resolve("strategy", name).Options.model_fields
     options: dict[str, Any] = {"f": num_hostile} if "f" in fields else {}
-    if text.endswith(NEAREST):
+    if NEAREST in text:
         if "mixing" not in fields:
             raise RecipeError(f"the strategy {name!r} does not mix updates", hint=f"leave {NEAREST} out")
         options["mixing"] = "nearest"
     return Method.model_validate({"name": name, **options})
+
+
+def group_size_of(text: str) -> int | None:
+    """The size of the groups of a rule as it was asked for; None: it sees single updates.
+
+    Raises:
+        RecipeError: it is no number.
+    """
+    _, _, size = text.replace(NEAREST, "").partition("/")
+    return int(_number(size, whole=True, where=f"the rule {text!r}: groups")) if size else None
 
 
 def _require(name: str, known: Sequence[str], kind: str) -> None:
@@ -171,8 +185,13 @@ class Arm:
     seconds: float
 
 
-def run_arm(bench: Bench, rule: Method, attack: Attack, hostile: Sequence[str]) -> Arm:
+def run_arm(
+    bench: Bench, rule: Method, attack: Attack, hostile: Sequence[str], *, group_size: int | None = None
+) -> Arm:
     """The federated part of a run under an attack; the bench is as before afterwards.
+
+    Args:
+        group_size: of groups that are summed securely; None: the rule sees single updates.
 
     Raises:
         CommonweightError: as `launch.run`.
@@ -180,10 +199,14 @@ def run_arm(bench: Bench, rule: Method, attack: Attack, hostile: Sequence[str]) 
     began = time.perf_counter()
     federation = bench.recipe.federation.model_copy(update={"strategy": rule})
     recipe = bench.recipe.model_copy(update={"federation": federation})
+    if group_size is not None:
+        grouped = {"secure_aggregation": "on", "secure_group_size": group_size}
+        recipe = recipe.model_copy(update={"privacy": recipe.privacy.model_copy(update=grouped)})
     check_methods(recipe)
     bench = attack.poison(replace(bench, recipe=recipe), hostile)
     sites = bench.facts
     check_cohort(len(sites.names), federation)
+    check_sums(recipe, len(sites.names))
     kind = resolve("strategy", rule.name)
     strategy = kind(kind.Options(**rule.options), num_sites=len(sites.names))
     with tempfile.TemporaryDirectory() as path:
@@ -192,10 +215,13 @@ def run_arm(bench: Bench, rule: Method, attack: Attack, hostile: Sequence[str]) 
         try:
             with InProcessEngine(bench, strategy, folder.path, events) as inner:
                 engine: Engine = inner if attack.forge is None else HostileEngine(inner, hostile, attack.forge)
-                model = MemoryModel(strategy, bench.theta.clone(), folder, lambda theta, to: None)
+                secure = SimulatedSums(recipe, bench.theta.layout) if recipe.privacy.summed else None
+                model = MemoryModel(strategy, bench.theta.clone(), folder, lambda theta, to: None, secure=secure)
                 shelf = FolderShelf(folder, journal, sites, model.layout, site_state=strategy.site_state, keep_rounds=1)
                 evaluation = Evaluation(recipe, sites, engine, journal, events)
-                FederatedRun(recipe, lambda _: sites, strategy, model, engine, journal, shelf, events, evaluation).run()
+                FederatedRun(
+                    recipe, lambda _: sites, strategy, model, engine, journal, shelf, events, evaluation, secure
+                ).run()
             scores = (journal.get("scores/federated") or {})["sites"]
         finally:
             events.close()
@@ -232,13 +258,14 @@ def one_seed(
             entry: dict[str, Any] = {"seed": recipe.seed, "attack": attack.text, "rule": name}
             try:
                 again = attack.name == NONE and rule.name == "fedavg"
-                arm = clean if again else run_arm(bench, rule, attack, hostile)
+                size = group_size_of(name)
+                arm = clean if again else run_arm(bench, rule, attack, hostile, group_size=size)
                 entry |= {"loss": arm.loss, "ratio": arm.loss / clean.loss, "seconds": arm.seconds}
                 if attack.name == NONE:
                     before[name] = arm
                 elif attack.name == "backdoor":
                     if name not in before:
-                        before[name] = run_arm(bench, rule, Attack(NONE, NONE), hostile)
+                        before[name] = run_arm(bench, rule, Attack(NONE, NONE), hostile, group_size=size)
                     entry["planted"] = planted_answers(bench, arm.theta, hostile)
                     entry["planted_clean"] = planted_answers(bench, before[name].theta, hostile)
             except (RecipeError, RoundError) as error:
@@ -340,7 +367,7 @@ def rules_of(text: str | None, *, nearest: bool, num_hostile: int) -> dict[str, 
     found = {name: rule_of(name, num_hostile) for name in asked}
     if nearest:
         mixing = [n for n, m in found.items() if "mixing" in resolve("strategy", m.name).Options.model_fields]
-        found |= {n + NEAREST: rule_of(n + NEAREST, num_hostile) for n in mixing if not n.endswith(NEAREST)}
+        found |= {n + NEAREST: rule_of(n + NEAREST, num_hostile) for n in mixing if NEAREST not in n}
     return found
 
 
@@ -349,7 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", help="a recipe's file or built-in name; default: the demo among 20 sites")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one of its fields")
     parser.add_argument("--hostile", type=int, default=4, help="number of hostile sites, and the rules' f (4)")
-    parser.add_argument("--rules", help=f"strategies, with commas between; NAME{NEAREST} mixes first")
+    parser.add_argument(
+        "--rules", help=f"strategies, with commas between; NAME{NEAREST} mixes first, NAME/4 sees sums of groups"
+    )
     parser.add_argument("--nearest", action="store_true", help="each rule that can mix also with mixing: nearest")
     parser.add_argument("--attacks", help="with commas between; options behind a colon: backdoor:share=1")
     parser.add_argument("--seeds", default="0", help="with commas between (0)")

@@ -368,6 +368,19 @@ def test_a_rule_that_cannot_be_is_an_error() -> None:
     with pytest.raises(RecipeError, match="'fedavg' does not mix updates"):
         rule_of("fedavg+nearest", 1)
     assert rule_of("fedavg", 3) == FEDAVG
+    with pytest.raises(RecipeError, match="'median/few': groups is 'few'"):
+        attacks.group_size_of("median/few")
+
+
+def test_a_rule_may_see_the_sums_of_groups(make_recipe: MakeRecipe) -> None:
+    """The one group of all three: its sum is FedAvg's, and so is the median of it."""
+    for text in ("median/3", "median+nearest/3", "median/3+nearest"):
+        assert (rule_of(text, 1).name, attacks.group_size_of(text)) == ("median", 3)
+    assert attacks.group_size_of("median") is None
+    bench = build_bench(make_recipe(federation={"rounds": 1}))
+    grouped = run_arm(bench, rule_of("median/3", 0), attack_of("scaled"), ("west",), group_size=3)
+    plain = run_arm(bench, FEDAVG, attack_of("scaled"), ("west",))
+    np.testing.assert_allclose(as_rows([grouped.theta])[0], as_rows([plain.theta])[0], atol=2e-5)
 
 
 def test_a_rule_gets_f_and_mixing_where_it_has_them(monkeypatch: pytest.MonkeyPatch) -> None:

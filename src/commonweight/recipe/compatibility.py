@@ -197,7 +197,7 @@ def secure_sums(recipe: Recipe, num_sites: int | None) -> tuple[bool, str]:
     """
     spec = recipe.federation
     if recipe.privacy.secure_aggregation == "homomorphic":
-        return False, "homomorphic encryption is for simulations, and is refused over a network"
+        return False, "homomorphic encryption is for simulations alone"
     if recipe.privacy.secure_aggregation != "auto":
         on = recipe.privacy.secure_aggregation == "on"
         return on, "" if on else "the recipe turns them off"
