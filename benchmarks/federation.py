@@ -65,7 +65,8 @@ min_cohort: 1
 max_rounds: 100000
 max_bytes_per_round: 1000 GiB
 max_bytes_total: 100000 GiB
-privacy: {dp_required: false, max_epsilon: null, budget: null, secure_aggregation_required: false}
+privacy: {dp_required: false, max_epsilon: null, budget: null, secure_aggregation_required: false,
+  own_noise_required: false}
 relays: []
 remote_code: false
 approval: none

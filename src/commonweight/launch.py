@@ -107,7 +107,7 @@ def _run(
         sites = bench.facts
         check_cohort(len(sites.names), recipe.federation)
         check_separation(len(sites.names), recipe)
-        check_sums(recipe, len(sites.names))
+        check_sums(recipe, len(sites.names), bench.theta.layout)
         require_sites(recipe.federation.relay_of, sites.names, "federation.relays")
         strategy = _strategy(recipe, len(sites.names))
         strategy.check(recipe.federation.cohort.size(len(sites.names)))
@@ -124,7 +124,7 @@ def _run(
         events.emit("loaded", sites=list(sites.names)[:100], num_sites=len(sites.names), layout=layout, seconds=seconds)
         if parts:
             events.emit("parts", sites=parts)
-        if recipe.privacy.noisy_steps:
+        if recipe.privacy.own_noise:
             bench.secret = NoiseSecret(folder.path)
             bench.secret.make()
         trained = _train(bench, sites, clock, folder, journal, events, charges)
@@ -174,7 +174,9 @@ def _train(
         engine.broadcast(bench.theta, {})
         evaluation.base()
         private = PrivateRounds.of(recipe, journal, len(sites.names))
-        secure = SimulatedSums(recipe, bench.theta.layout) if recipe.privacy.summed else None
+        secure = None
+        if recipe.privacy.summed:
+            secure = SimulatedSums(recipe, bench.theta.layout, None if bench.secret is None else bench.secret.key)
         theta, spec = bench.theta.clone(), recipe.federation
         down = down_of(recipe.compression.down, theta.layout, recipe.seed)
         model = MemoryModel(strategy, theta, folder, bench.save, spec, private, bench.moved, secure, down)

@@ -352,6 +352,7 @@ class Sandbox:
                 "max_epsilon": None,
                 "budget": None,
                 "secure_aggregation_required": False,
+                "own_noise_required": False,
             },
             "remote_code": False,
             "approval": "none",

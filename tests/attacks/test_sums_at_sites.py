@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from commonweight.errors import AccessError, PolicyError, SiteError
 from commonweight.federation.groups import draw_groups
@@ -19,10 +20,11 @@ from commonweight.federation.secure_rounds import Terms
 from commonweight.identity.folder import IdentityFolder
 from commonweight.model.tensors import NamedTensors
 from commonweight.privacy.secure_aggregation.messages import SecureAggregationError
-from commonweight.privacy.secure_aggregation.rows import MASKED, Most
+from commonweight.privacy.secure_aggregation.rows import MASKED, Most, RowCode
 from commonweight.recipe.schema import Recipe
 from commonweight.site.gate import KnownJob
 from commonweight.site.records import SiteRecords
+from commonweight.site.run_files import RunFiles
 from commonweight.wire import protocol_pb2 as pb
 from tests.protocol.fake_coordinator import People
 from tests.protocol.federations import theta
@@ -39,6 +41,8 @@ class Federation:
 
     def __init__(self, folder: Path, names: tuple[str, ...] = NAMES, **recipe: Any) -> None:
         self.folder, self.people = folder, People(folder)
+        #: of the sites' updates
+        self.scale = 1.0
         values = {"name": "x", "privacy": {"secure_aggregation": "on"}, "training": {"batch_size": 8}, **recipe}
         digest, job = hashlib.sha256(b"job").digest(), pb.Job(id="r", sites=names)
         self.job = KnownJob(job, digest, cast(Any, None), Recipe.model_validate(values), LAYOUT, 1024)
@@ -48,7 +52,8 @@ class Federation:
 
     def new(self, name: str, *, min_cohort: int = 1) -> Any:
         """A site's part, as a restarted process has it."""
-        return sums_of(self.identities[name], self.records[name], min_cohort=min_cohort)
+        RunFiles(self.folder / name, "r").folder.mkdir(parents=True, exist_ok=True)
+        return sums_of(self.folder / name, self.identities[name], self.records[name], min_cohort=min_cohort)
 
     def ask(self, name: str, step: str, said: Any = None, **changes: Any) -> dict[str, Any]:
         """One step of a site. Changes: `base`, `job`, and fields of the task."""
@@ -80,7 +85,10 @@ class Federation:
         secure = {"attempt": changes.pop("attempt", 0), "sites": list(NAMES), "terms": terms, "boxes": boxes}
         body = TrainTask(1, name, 0.5, 1, secure=secure)
         task = pb.Task(id="t", run="r", round=1, kind="train", base=BASE)
-        masked = self.sums[name].mask(self.job, task, replace(body, **changes), work_of(name, 1, LAYOUT))
+        work = work_of(name, 1, LAYOUT)
+        for _, flat in work.channels["delta"].floating():
+            flat.mul_(self.scale)
+        masked = self.sums[name].mask(self.job, task, replace(body, **changes), work)
         found: NamedTensors = masked.channels[MASKED]
         return found
 
@@ -367,3 +375,43 @@ def test_members_that_were_told_different_cohorts_go_no_further(tmp_path: Path) 
     keys = {name: federation.ask(name, "keys", **told[name]) for name in mine}
     with pytest.raises(SecureAggregationError, match="not signed by its identity"):
         federation.ask("site-a", "shares", keys, **told["site-a"])
+
+
+# ---- noise of the sites
+
+
+OWN_NOISE = {
+    "privacy": {
+        "dp": "site",
+        "clip": 1.0,
+        "delta": 1e-5,
+        "noise_multiplier": 2.0,
+        "mechanism": "distributed-discrete",
+        "secure_aggregation": "on",
+    },
+    "federation": {"weighting": "uniform"},
+}
+
+
+def test_a_row_that_is_made_again_has_the_same_noise_and_another_updates_row_has_other(tmp_path: Path) -> None:
+    """What is sent twice could otherwise be told from its noise: two noises on one update, or one noise on two."""
+    federation = Federation(tmp_path, **OWN_NOISE)
+    boxes = federation.boxes(federation.keys())
+    first = federation.mask("site-a", boxes["site-a"])
+    federation.sums["site-a"] = federation.new("site-a")
+    again = federation.mask("site-a", boxes["site-a"])
+    assert torch.equal(first["row"], again["row"])
+    federation.sums["site-a"] = federation.new("site-a")
+    federation.scale = 1.001
+    other = federation.mask("site-a", boxes["site-a"])
+    code = RowCode.of(federation.job.recipe, LAYOUT, 4, Most(8, 4096))
+    assert code.noise is not None
+    # the masks are the same: what remains is the difference of two noises, where the updates differ by next to nothing
+    difference = (other["row"] - first["row"]).double()
+    assert float(difference.std()) > code.noise.sigma
+
+
+def test_a_job_whose_noise_counts_on_secure_sums_is_held_to_them(tmp_path: Path) -> None:
+    """Whatever the job says of secure sums, or leaves to the coordinator."""
+    values = {**OWN_NOISE, "privacy": {**OWN_NOISE["privacy"], "secure_aggregation": "auto"}}
+    assert Federation(tmp_path, **values).job.secure

@@ -75,6 +75,7 @@ POLICIES = st.fixed_dictionaries(
                 "max_epsilon": st.none() | st.floats(0.5, 9),
                 "budget": st.none() | BUDGETS,
                 "secure_aggregation_required": st.booleans(),
+                "own_noise_required": st.booleans(),
             }
         ),
         "remote_code": st.just(False),
@@ -109,6 +110,7 @@ JOBS = st.builds(
     trust_remote_code=st.just(False),
     num_sites=st.integers(1, 9),
     spend=SPENDS,
+    own_noise=st.booleans(),
 )
 
 
@@ -142,7 +144,7 @@ def stricter(draw: st.DrawFn, policy: Policy) -> Policy:
     for field in ("max_rounds", "max_bytes_per_round", "max_bytes_total"):
         values[field] = draw(st.integers(0, values[field]))
     privacy, share = values["privacy"], values["share"]
-    for field in ("dp_required", "secure_aggregation_required"):
+    for field in ("dp_required", "secure_aggregation_required", "own_noise_required"):
         privacy[field] = privacy[field] or draw(st.booleans())
     bound = privacy["max_epsilon"]
     privacy["max_epsilon"] = draw(st.floats(0.25, bound) if bound else st.none() | st.floats(0.25, 9))

@@ -23,6 +23,7 @@ from commonweight.recipe.source import read_source
 from commonweight.site.gate import KnownJob, task_of
 from commonweight.site.policy import Policy
 from commonweight.site.records import SiteRecords
+from commonweight.site.run_files import RunFiles
 from commonweight.site.sums import SiteSums
 from commonweight.site.workshop import Work
 from commonweight.wire import protocol_pb2 as pb
@@ -38,9 +39,9 @@ def known(job: pb.Job, layout: Layout | None = None) -> KnownJob:
     return KnownJob(job, digest, cast(Any, None), recipe, layout or theta().layout, CHUNK_BYTES)
 
 
-def sums_of(identity: IdentityFolder, records: SiteRecords, *, min_cohort: int = 1) -> SiteSums:
+def sums_of(folder: Path, identity: IdentityFolder, records: SiteRecords, *, min_cohort: int = 1) -> SiteSums:
     policy = cast(Policy, SimpleNamespace(min_cohort=min_cohort))
-    return SiteSums(lambda: identity, lambda: policy, records)
+    return SiteSums(folder, lambda: identity, lambda: policy, records)
 
 
 def delta_of(site: str, round: int, layout: Layout) -> NamedTensors:
@@ -85,7 +86,8 @@ class SumSite:
     ) -> None:
         self.site, self.job, self.instead = site, job, instead
         self.records = SiteRecords(folder / f"{site.name}.sqlite")
-        self.sums = sums_of(site.identity, self.records)
+        self.sums = sums_of(folder / site.name, site.identity, self.records)
+        RunFiles(folder / site.name, job.id).folder.mkdir(parents=True)
         self.said: list[tuple[str, int, dict[str, Any]]] = []
         self.refused: list[str] = []
         site.answers |= dict.fromkeys((*SUM_STEPS, "train"), self._answer)

@@ -64,7 +64,13 @@ POLICY: dict[str, Any] = {
     "max_rounds": 10,
     "max_bytes_per_round": 10_000_000,
     "max_bytes_total": 100_000_000,
-    "privacy": {"dp_required": False, "max_epsilon": None, "budget": None, "secure_aggregation_required": False},
+    "privacy": {
+        "dp_required": False,
+        "max_epsilon": None,
+        "budget": None,
+        "secure_aggregation_required": False,
+        "own_noise_required": False,
+    },
     "remote_code": False,
     "approval": "none",
     "share": {"scores": "rows", "samples": False},
@@ -664,7 +670,7 @@ def test_what_an_update_costs_is_written_down_and_bounded(tmp_path: Path) -> Non
         stage.offer("u", round=2)
         await until(lambda: stage.site.bench.calls == ["train 1", "train 2"])
         budget = {"unit": "site", "epsilon": 8.0, "delta": 1e-5}
-        rules = {"dp_required": False, "max_epsilon": None, "budget": budget, "secure_aggregation_required": False}
+        rules = {**POLICY["privacy"], "budget": budget}
         stage.site.policy(privacy=rules)  # while it trains
         stage.site.bench.go.set()
         reply = await stage.ended("u")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,17 +11,26 @@ from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
+import torch
 
 from commonweight.coordinator.tables import uploads
+from commonweight.engines.noise_secret import NoiseSecret
+from commonweight.federation.groups import Groups
 from commonweight.federation.round import Phase
+from commonweight.federation.secure_rounds import Terms
+from commonweight.federation.simulated_sums import SimulatedSums
 from commonweight.lead.client import Client
 from commonweight.model.tensors import NamedTensors
-from commonweight.recipe.resolved import recipe_text
+from commonweight.privacy.secure_aggregation.rows import Most
+from commonweight.privacy.spending import Spend
+from commonweight.site.run_files import RunFiles
+from commonweight.strategies.base import WeightedSum
+from commonweight.strategies.update import Update
 from commonweight.wire import protocol_pb2 as pb
 from commonweight.wire.manifest import parse_manifest
 
 from .federations import Coordinator, theta, wait_for
-from .sum_sites import SumSite, examples_of, known, mean_of
+from .sum_sites import SumSite, examples_of, known, mean_of, work_of
 
 Instead = Mapping[str, Mapping[str, Callable[[SumSite, pb.Task], None]]]
 STEPS = ("keys", "shares", "train", "consent", "reveal")
@@ -47,11 +57,8 @@ class Stage:
         return self.lead.submit(self.job)
 
     def _job(self, names: Sequence[str], rounds: int, federation: dict[str, Any]) -> pb.Job:
-        job = self.lead.job(rounds=rounds, sites=names, **federation)
-        recipe = known(job).recipe
-        privacy = recipe.privacy.model_copy(update=self.privacy)
-        self.recipe = recipe.model_copy(update={"privacy": privacy})
-        job.recipe = recipe_text(self.recipe)
+        job = self.lead.job(rounds=rounds, sites=names, privacy=self.privacy, **federation)
+        self.recipe = known(job).recipe
         return job
 
     def model(self, run: dict[str, Any]) -> NamedTensors:
@@ -121,6 +128,65 @@ def test_rounds_have_the_bits_of_unmasked_sums_and_show_nothing_else(stage: Stag
     kept = [row for row in stage.coordinator.store.tasks(run) if row.kind in STEPS and row.kind != "train"]
     assert len(kept) == 2 * 5 * 4
     assert all((row.body, row.result) == (b"{}", None) for row in kept), "shares outlive their round"
+
+
+class NoisyStage(Stage):
+    privacy: ClassVar[dict[str, Any]] = {
+        "secure_aggregation": "on",
+        "dp": "site",
+        "clip": 1.0,
+        "delta": 1e-5,
+        "noise_multiplier": 2.0,
+        "mechanism": {"name": "distributed-discrete", "colluding": 0.2},
+    }
+
+
+@pytest.fixture
+def noisy_stage(tmp_path: Path) -> Iterator[Stage]:
+    stage = NoisyStage(tmp_path)
+    with stage.coordinator:
+        yield stage
+
+
+def test_noise_that_sites_add_has_the_bits_of_a_simulation(noisy_stage: Stage) -> None:
+    """Of five sites one is lost, and another sends its row anew from its records. The mean is what `SimulatedSums`
+    makes of the same updates with the same sites' secrets; it is charged as such, and nothing tells of losses."""
+
+    def twice(site: SumSite, task: pb.Task) -> None:
+        first, second = site.masked(task), site.masked(task)
+        assert torch.equal(first[0]["row"], second[0]["row"])
+        assert site.send(task, *second).state == pb.UploadStatus.ACCEPTED
+
+    stage = noisy_stage
+    run = stage.begin(5, instead={"site-b": {"train": twice}, "site-c": {"train": fail}}, weighting="uniform")
+    ended = stage.lead.wait(run)
+    (record,) = ended["history"]
+    sites, layout = [name for name in stage.sites if name != "site-c"], theta().layout
+    assert record["answered"] == sites
+    secrets = {name: NoiseSecret(RunFiles(stage.folder / name, run).folder) for name in sites}
+
+    def key(purpose: str) -> bytes:
+        return secrets[json.loads(purpose)["site"]].key(purpose)
+
+    sums = SimulatedSums(stage.recipe, layout, key)
+    sums.begin(1, Groups((tuple(stage.sites),)), Terms(1.0, {"kind": "none"}, Most.of(stage.recipe, 1)))
+    for name in sites:
+        work = work_of(name, 1, layout)
+        sums.add(Update(name, 1, {"delta": work.channels["delta"]}, 1.0, work.num_examples, 40, 1, work.metrics))
+    sums.open(1, sites)
+    fold, model = WeightedSum(layout, ("delta",)), theta()
+    sums.sums[0].into(fold)
+    for dtype, flat in model.floating():
+        flat.add_(fold.sums["delta"].flats[dtype].div_(5))
+    assert stage.model(ended).digest() == model.digest()
+    exact = sum(work_of(name, 1, layout).channels["delta"].flats[torch.float32] for name in sites) / 5
+    off = model.flats[torch.float32] - theta().flats[torch.float32] - exact
+    # of four that are needed one may collude: three sites' noise is z·C, and here are four
+    assert float(off.std()) == pytest.approx(2.0 * math.sqrt(4 / 3) / 5, rel=0.1)
+    assert (record["privacy"]["mechanism"], record["train_loss"]) == ("distributed-discrete", None)
+    assert (record["label_tokens"], record["examples"]) == (0, 0)
+    charged = {line.site: line.spend for line in stage.coordinator.store.spent()}
+    assert charged == dict.fromkeys(sites, Spend("site", "distributed-discrete", 2.0))
 
 
 def all_uploads(stage: Stage, run: str) -> list[Any]:

@@ -133,8 +133,8 @@ class Caught(MaskedSum):
 
     rows: dict[str, NDArray[np.uint32]]
 
-    def add(self, update: Update) -> tuple[int, int]:
-        found = super().add(update)
+    def add(self, update: Update, key: bytes | None = None) -> tuple[int, int]:
+        found = super().add(update, key)
         self.rows[update.site] = self._row.copy()
         return found
 

@@ -27,6 +27,9 @@ NOT_COVERED = (
     "that sites send beside their updates (whether they answered, numbers of examples and steps, training losses, "
     "scores on held-out rows); control arms."
 )
+NOT_COVERED_OF_SUMS = (
+    "Not covered by ε: whether a site answered, and in how many steps; scores on held-out rows; control arms."
+)
 NOT_COVERED_OF_STEPS = (
     "Not covered by ε: how many rows and tokens a site says that it has; the held-out rows, whose scores it sends; "
     "control arms, which train without noise."
@@ -39,6 +42,7 @@ _PLAN_KEYS = (
     "adjacency",
     "mechanism",
     "sampling",
+    "assumed",
     "participations",
     "clip",
     "noise_multiplier",
@@ -135,21 +139,24 @@ def _plan_sites(name: str, recipe: Recipe, further: dict[str, Any], told: str, j
         further: what is said beside it, as plain data.
         told: whether the coordinator learns sums alone, in words.
     """
-    from ..federation.private_rounds import UNIT, band_of, participations, planned_noise, sampling
+    from ..federation.private_rounds import UNIT, assumed, band_of, sampling
     from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp
+    from ..privacy.site_level import participations, planned_noise
     from ..privacy.spending import adjacency
 
     rounds, spec = recipe.federation.rounds, recipe.privacy
     assert spec.delta is not None
     z = planned_noise(recipe)
     times = participations(recipe)
-    by_times = [epsilon(Releases(z, count), spec.delta) for count in range(1, times + 1)]
+    at_sites = spec.mechanism.at_sites
+    by_times = [epsilon(Releases(z, count, discrete=at_sites), spec.delta) for count in range(1, times + 1)]
     each = [by_times[participations(recipe, number) - 1] for number in range(1, rounds + 1)]
     rdp = epsilon_by_rdp(Releases(z, times), spec.delta)
     mechanism = spec.mechanism.name
-    correlated = mechanism != "gaussian"
+    correlated, neighbours = spec.mechanism.separation > 1, adjacency(UNIT, mechanism)
     if json:
-        known = (spec.dp, rounds, UNIT, adjacency(UNIT), mechanism, sampling(recipe), times, spec.clip, z, spec.delta)
+        counted = (sampling(recipe), assumed(recipe), times)
+        known = (spec.dp, rounds, UNIT, neighbours, mechanism, *counted, spec.clip, z, spec.delta)
         costs = (_finite(each[-1]), _finite(rdp), [_finite(value) for value in each])
         print_json(dict(zip(_PLAN_KEYS, (*known, *costs), strict=True)) | further)
         return
@@ -162,8 +169,9 @@ def _plan_sites(name: str, recipe: Recipe, further: dict[str, Any], told: str, j
     say(f"  clipping norm C       {spec.clip:g}{follows}")
     say(f"  releases              {rounds}, one a round")
     say(f"  ε at δ = {spec.delta:g}        {_text(each[-1])} (by Rényi divergences {_text(rdp)})")
-    say(f"  neighbouring data     {adjacency(UNIT)}")
+    say(f"  neighbouring data     {neighbours}")
     say(f"  sampling              {sampling(recipe)}")
+    say(f"  assumed               {assumed(recipe)}")
     if correlated:
         from ..privacy.toeplitz import optimised, rmse
 
@@ -173,7 +181,7 @@ def _plan_sites(name: str, recipe: Recipe, further: dict[str, Any], told: str, j
         say(f"  correlated noise      over {band} rounds: {share:.0%} of what independent noise leaves in the models")
     say(f"  secure sums           {told} (over a network)")
     table(("after round", "ε"), [(str(k), _text(each[k - 1])) for k in _some(rounds)], right=(0, 1))
-    say(NOT_COVERED)
+    say(NOT_COVERED_OF_SUMS if at_sites else NOT_COVERED)
 
 
 def _plan_steps(name: str, recipe: Recipe, size: int | None, further: dict[str, Any], told: str, json: bool) -> None:

@@ -217,7 +217,7 @@ class Conductor:
         private = PrivateRounds.of(recipe, journal, len(first.names), self._seal())
         charges = Charges(recipe, StoreLedger(self.store, self.led.lease, here.settings.privacy_budget))
         relays = tuple(recipe.federation.relays)
-        check_sums(recipe, len(first.names))
+        check_sums(recipe, len(first.names), plan.layout)
         secure = NetworkSums(engine, journal, here.authority.certificate_pem) if plan.secure else None
         files = here.files(self.run_id)
         model = StoredModel(strategy, files, plan.initial.digest, private, relays, secure, plan.down)

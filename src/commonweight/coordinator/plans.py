@@ -58,7 +58,7 @@ class RunPlan:
         strategy = plan.strategy(1)
         check_asynchronous(recipe, len(job.sites) or None)
         if job.sites:
-            check_sums(recipe, len(job.sites))
+            check_sums(recipe, len(job.sites), plan.layout)
         if not isinstance(strategy, Combining):
             raise RecipeError(
                 f"federation.strategy {name!r} is none of the kinds that a coordinator, which combines from files, can "

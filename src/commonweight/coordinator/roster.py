@@ -181,7 +181,7 @@ class Roster:
             joined, active = self.joined(), self._active()
             record = {"sites": [site for site in joined if site in active]}
             check_cohort(len(record["sites"]), self.spec)
-            check_sums(self.plan.recipe, len(record["sites"]))
+            check_sums(self.plan.recipe, len(record["sites"]), self.plan.layout)
             if not self.journal.last_round():
                 check_separation(len(record["sites"]), self.plan.recipe)
             self.journal.put(f"roster/{round:04d}", record)

@@ -1,4 +1,4 @@
-"""The secret of which a site's noise and draws are made, where its examples are private.
+"""The secret of which a site's noise and draws are made, where its examples are private, or sites add the noise.
 
 It lies in a file of its own beside the site's work, drawn from the system's randomness before anything is trained, and
 is deleted when the run has ended. It tells no more than the rows that lie beside it. From it every task gets a key of
@@ -42,11 +42,11 @@ class NoiseSecret:
         if not self._path.exists():
             write_private(self._path, new_key())
 
-    def key(self, task: str, steps: int) -> bytes:
+    def key(self, task: str, steps: int = 0) -> bytes:
         """A task's key; its steps are counted, once, before this returns.
 
         Args:
-            task: says all that its work starts from.
+            task: says all that its work starts from, or that the noise is for.
 
         Raises:
             SiteError: the run would take more steps here than its privacy was planned for.

@@ -365,6 +365,9 @@ def _privacy(metrics: Metrics) -> str:
     said = f"Differential privacy: {unit}, ε = {number(epsilon)}" + (f", δ = {significant(delta)}." if delta else ".")
     if kind in ("example", "group"):
         said += f" That is what the site pays whose {kind}s pay most; each site adds the noise itself, before it sends."
+    assumed = dig(metrics, "privacy", "assumed")
+    if assumed:
+        said += f" It counts on this: {assumed}."
     compared = [arm for arm in ("local", "centralised") if dig(metrics, "arms", arm)]
     return said + (f" The {' and the '.join(compared)} control trained without it." if compared else "")
 
@@ -379,7 +382,9 @@ def _sums(metrics: Metrics) -> str:
     if size is None and dig(metrics, "privacy", "homomorphic"):
         return "Secure sums: on, of encrypted updates; whoever combined them could open none, and any site could."
     if size is None:
-        return "Secure sums: on; of each round's updates the coordinator learnt the weighted sum alone."
+        at_sites = dig(metrics, "privacy", "mechanism") == "distributed-discrete"
+        noisy = ", with the noise of the sites in it" if at_sites else ""
+        return f"Secure sums: on; of each round's updates the coordinator learnt the weighted sum alone{noisy}."
     return (
         f"Secure sums: on, in random groups of at least {counted(int(size), 'site')}; of each group's updates the "
         "coordinator learnt the weighted sum alone."

@@ -2,7 +2,8 @@
 
 A round's noise is a key of 32 random bytes. It is in the journal before the noisy mean is made, so that a run that was
 killed makes the very same one; and it is struck out once the round is committed, so that nobody can take the noise off
-again. Where the noise of later rounds is made of it too (`privacy/toeplitz.py`) it is struck out with the last.
+again. Where the noise of later rounds is made of it too (`privacy/toeplitz.py`) it is struck out with the last. Where
+the sites add the noise (`privacy/distributed.py`) there is no key here.
 
 Where the clipping norm follows the updates, what it is in the next round is in each commit.
 
@@ -20,11 +21,12 @@ from typing import Any
 
 from ..errors import StateError
 from ..privacy import example_level
-from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp, noise_multiplier
+from ..privacy.accounting import Releases, epsilon, epsilon_by_rdp
 from ..privacy.adaptive_clip import UNDER_CLIP, AdaptiveClip
 from ..privacy.example_level import planned_steps
 from ..privacy.noise import GaussianNoise, new_key
-from ..privacy.site_level import COUNT_ROW, NoisyMean
+from ..privacy.secure_aggregation.graph import majority
+from ..privacy.site_level import COUNT_ROW, NoisyMean, planned_noise
 from ..privacy.spending import UNPROTECTED, Spend, adjacency, unit_of
 from ..privacy.toeplitz import CorrelatedNoise, optimised
 from ..recipe.schema import PrivacySpec, Recipe
@@ -56,6 +58,7 @@ class PrivateRounds:
         spec, self.rounds = recipe.privacy, recipe.federation.rounds
         assert spec.clip is not None
         self.bound, self.noise_multiplier = spec.clip, planned_noise(recipe)
+        self.mechanism = spec.mechanism
         begun = journal.get("privacy")
         if begun is None:
             begun = {"expected": recipe.federation.cohort.size(num_sites)}
@@ -91,7 +94,9 @@ class PrivateRounds:
         self._centred += 0.5 if update.metrics.get(UNDER_CLIP, 0.0) > 0.5 else -0.5
 
     def mean(self, round: int) -> NoisyMean:
-        """How a round's sum is released; its noise is in the journal when this returns."""
+        """How a round's sum is released; its noise is in the journal when this returns, unless it is in the sum."""
+        if self.mechanism.at_sites:
+            return NoisyMean(self.bound, 0.0, self.expected, None)
         key, z = self._key(round), self.noise_multiplier
         if self.coefficients:
             keys = [*(self._known(number) for number in range(1, round)), key]
@@ -125,7 +130,8 @@ class PrivateRounds:
     def record(self) -> dict[str, Any]:
         """What a commit says of its release."""
         said = {"noise_multiplier": self.noise_multiplier, "clip": self.bound, "divided_by": self.expected}
-        return {**said, **({"mechanism": "banded-toeplitz"} if self.coefficients else {}), **self._further}
+        name = self.mechanism.name
+        return {**said, **({"mechanism": name} if name != "gaussian" else {}), **self._further}
 
     def committed(self, round: int) -> None:
         """A round's commit is in the journal: noise that no round needs any more can never be made again."""
@@ -137,27 +143,23 @@ class PrivateRounds:
         self.bound = self._further.get("next_clip", self.bound)
 
 
-def planned_noise(recipe: Recipe) -> float:
-    """z, as the recipe says it or as its ε needs it."""
-    spec = recipe.privacy
-    if spec.noise_multiplier is not None:
-        return spec.noise_multiplier
-    assert spec.epsilon is not None
-    assert spec.delta is not None
-    return noise_multiplier(spec.epsilon, spec.delta, count=participations(recipe))
-
-
-def participations(recipe: Recipe, rounds: int | None = None) -> int:
-    """In how many rounds a site takes part at most: of the recipe's, or of the first so many."""
-    return math.ceil((recipe.federation.rounds if rounds is None else rounds) / recipe.privacy.mechanism.separation)
-
-
 def sampling(recipe: Recipe) -> str:
     """What is assumed of who takes part when."""
     separation = recipe.privacy.mechanism.separation
     if separation == 1:
         return "none assumed: this is what a site pays whose update is in every round"
     return f"none assumed: of {separation} rounds in a row a site takes part in one at most"
+
+
+def assumed(recipe: Recipe) -> str:
+    """On whose noise ε counts (`dp: site`)."""
+    spec = recipe.privacy.mechanism
+    if not spec.at_sites:
+        return "the coordinator adds the noise"
+    count = recipe.federation.cohort.count
+    of = "more than two thirds of the sites" if count is None else f"at least {majority(count)} of {count} sites"
+    less = f", less {spec.colluding:.0%} of those invited," if spec.colluding else ""
+    return f"{of} that a round invites{less} add their noise and tell nobody; what further sites add is not counted"
 
 
 def band_of(recipe: Recipe) -> int:
@@ -224,11 +226,12 @@ def released(records: Sequence[Mapping[str, Any]]) -> Releases | None:
     private = [record for record in records if "privacy" in record]
     if not private:
         return None
-    count = len(private)
-    if "mechanism" in private[0]["privacy"]:
+    said, count = private[0]["privacy"], len(private)
+    if said.get("mechanism") == "banded-toeplitz":
         answers = Counter(site for record in private for site in record["answered"])
         count = max(answers.values(), default=0)
-    return Releases(float(private[0]["privacy"]["noise_multiplier"]), count)
+    spend = Spend(UNIT, said.get("mechanism", "gaussian"), float(said["noise_multiplier"]), count=count)
+    return spend.releases("site")
 
 
 def spent_by_site(records: Sequence[Mapping[str, Any]]) -> dict[str, Releases]:
@@ -250,6 +253,7 @@ def statement(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> dict[str,
     if spec.noisy_steps:
         return _noisy_steps_statement(spec, records)
     plan = released(records) or Releases(planned_noise(recipe), 0)
+    name = spec.mechanism.name
     cost, rdp = epsilon(plan, spec.delta), epsilon_by_rdp(plan, spec.delta)
     finite = cost < math.inf
     return {
@@ -258,9 +262,10 @@ def statement(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> dict[str,
         "epsilon_rdp": rdp if finite else None,
         "delta": spec.delta,
         "unit": UNIT,
-        "adjacency": adjacency(UNIT),
-        "mechanism": spec.mechanism.name,
+        "adjacency": adjacency(UNIT, name),
+        "mechanism": name,
         "sampling": sampling(recipe),
+        "assumed": assumed(recipe),
         "noise_multiplier": planned_noise(recipe),
         "clip": next((r["privacy"]["clip"] for r in reversed(records) if "privacy" in r), spec.clip),
         "releases": plan.count,

@@ -34,6 +34,10 @@ from ..strategies.update import Update
 from .cohort import invited
 from .groups import Groups, num_groups
 
+#: makes a key of what noise is for (`DistributedNoise.purpose`)
+NoiseKey = Callable[[str], bytes]
+_NOTHING = Layout(())
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -136,20 +140,37 @@ class GroupTotals:
         return found
 
 
+def noise_key(code: RowCode, key: NoiseKey | None, site: str, round: int, delta: NamedTensors) -> bytes | None:
+    """The key of a site's noise on an update; None: it adds none."""
+    if code.noise is None:
+        return None
+    assert key is not None
+    return key(code.noise.purpose(site=site, round=round, digest=delta.digest()))
+
+
 def bare(update: Update, metrics: Mapping[str, float], clipped: int) -> Update:
     """An update without what the sum holds. How many elements were clipped is worth telling, if any were."""
     told = {**metrics, **({"clipped": float(clipped)} if clipped else {})}
     return replace(update, weight=1.0, num_examples=1, num_label_tokens=0, metrics=told)
 
 
-def check_sums(recipe: Recipe, num_sites: int) -> None:
+def check_sums(recipe: Recipe, num_sites: int, layout: Layout = _NOTHING) -> None:
     """Refuse secure sums that no round of so many sites could make.
+
+    Args:
+        layout: of the updates, as far as it is known.
 
     Raises:
         RecipeError: a cohort is too small, invites so many more than it takes that those who answer could be too few,
-            or is so large that too few bits are left for each site.
+            or is so large that too few bits are left for each site; or there are none, and noise counts on them.
     """
     if not recipe.privacy.summed:
+        if recipe.privacy.mechanism.at_sites:
+            raise RecipeError(
+                f"privacy.mechanism {recipe.privacy.mechanism.name}: with it a site adds too little noise to hide its "
+                "update by itself, and updates would not be summed securely here",
+                hint="set privacy.secure_aggregation: on",
+            )
         return
     if recipe.privacy.secure_aggregation == "homomorphic":
         tenseal()
@@ -170,7 +191,7 @@ def check_sums(recipe: Recipe, num_sites: int) -> None:
     if recipe.privacy.secure_group_size is not None:
         _check_groups(recipe, size, recipe.privacy.secure_group_size)
         asked = recipe.privacy.secure_group_size
-    _ = RowCode.of(recipe, Layout(()), asked, Most(1, 1)).elements
+    _ = RowCode.of(recipe, layout, asked, Most(1, 1)).elements
 
 
 def _check_groups(recipe: Recipe, cohort: int, size: int) -> None:

@@ -26,7 +26,7 @@ from ..recipe.schema import Recipe
 from ..strategies.base import WeightedSum
 from ..strategies.update import Update
 from .groups import Groups
-from .secure_rounds import Terms, bare
+from .secure_rounds import NoiseKey, Terms, bare, noise_key
 
 #: metrics of a single site that a round with secure sums still shows
 _SHOWN = ("seconds", "kept")
@@ -42,15 +42,20 @@ class SimulatedSum(ABC):
         self._total: Ring = np.zeros(self.code.length, dtype=np.uint32)
         self._row: Ring = np.empty_like(self._total)
 
-    def add(self, update: Update) -> tuple[int, int]:
+    def add(self, update: Update, key: bytes | None = None) -> tuple[int, int]:
         """Encode an update, hide it as its site would, and add it to the total; how many elements were clipped, and how
-        many bytes were sent."""
+        many bytes were sent.
+
+        Args:
+            key: of the site's noise, if it adds any.
+        """
         clipped = self.code.encode(
             update.delta,
             examples=update.num_examples,
             label_tokens=update.num_label_tokens,
             loss=update.metrics.get("loss", 0.0),
             out=self._row,
+            key=key,
         )
         sent = self._send(update.site, self._row)
         self.there.append(update.site)
@@ -136,10 +141,14 @@ class EncryptedSum(SimulatedSum):
 
 
 class SimulatedSums:
-    """Secure sums among sites of this process, one a round or one a group."""
+    """Secure sums among sites of this process, one a round or one a group.
 
-    def __init__(self, recipe: Recipe, layout: Layout) -> None:
-        self.recipe, self.layout = recipe, layout
+    Args:
+        noise_key: makes the keys of the sites' noise, where they add any.
+    """
+
+    def __init__(self, recipe: Recipe, layout: Layout, noise_key: NoiseKey | None = None) -> None:
+        self.recipe, self.layout, self.noise_key = recipe, layout, noise_key
         self._kind = EncryptedSum if recipe.privacy.secure_aggregation == "homomorphic" else MaskedSum
         self._attempt = 0
         self._clipped: dict[str, int] = {}
@@ -164,7 +173,9 @@ class SimulatedSums:
             raise UpdateRefused(error.message, hint=error.hint) from error
 
     def add(self, update: Update) -> None:
-        self._clipped[update.site], self._sent[update.site] = self._sum_of[update.site].add(update)
+        one = self._sum_of[update.site]
+        key = noise_key(one.code, self.noise_key, update.site, update.round, update.delta)
+        self._clipped[update.site], self._sent[update.site] = one.add(update, key)
 
     def num_bytes(self, site: str) -> int:
         return self._sent[site]

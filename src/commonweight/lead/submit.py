@@ -90,9 +90,9 @@ def prepare(
         require_sites(recipe.model.adapter.budget, sites, "model.adapter.budget")
         require_sites(recipe.federation.relay_of, sites, "federation.relays")
     recipe = with_sums_decided(recipe, len(sites) or enrolled)
-    if sites:
-        check_sums(recipe, len(sites))
     bench = model_bench(recipe)
+    if sites:
+        check_sums(recipe, len(sites), bench.theta.layout)
     tensors = {"theta": bench.theta}
     frame = frame_of(tensors, plan_for(bench.theta.layout, (Channel("theta"),), chunk_bytes))
     job = Job(
@@ -114,8 +114,16 @@ def with_sums_decided(recipe: Recipe, num_sites: int | None) -> Recipe:
 
     Args:
         num_sites: that the run is for; None: nobody knows.
+
+    Raises:
+        RecipeError: there would be none, and the recipe's noise counts on them.
     """
-    on, _ = secure_sums(recipe, num_sites)
+    on, why = secure_sums(recipe, num_sites)
+    if recipe.privacy.mechanism.at_sites and not on:
+        raise RecipeError(
+            f"privacy.mechanism {recipe.privacy.mechanism.name} needs secure sums, and there are none: {why}",
+            hint="change that, or use mechanism: gaussian, whose noise the coordinator adds",
+        )
     decided = {"secure_aggregation": "on" if on else "off"}
     return recipe.model_copy(update={"privacy": recipe.privacy.model_copy(update=decided)})
 

@@ -37,8 +37,8 @@ from ..evaluate.membership import auc, membership, min_k_plus_plus
 from ..evaluate.report import AUDIT, read_metrics, write_report
 from ..evaluate.scoring import score_tokens
 from ..federation.folder import DAMAGED, write_json
-from ..privacy.accounting import Releases, epsilon
 from ..privacy.one_run import audit as guess
+from ..privacy.spending import Spend, cost
 from ..recipe.schema import Recipe
 from ..result import Result, open_result
 from .updates import token_span
@@ -186,7 +186,10 @@ def claim(privacy: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "none" or privacy.get("epsilon") is None:
         return {"epsilon": None, "delta": DELTA, "why": "the run claims no bound"}
     if kind == "site":
-        value = epsilon(Releases(privacy["noise_multiplier"] / 2, privacy["releases"]), privacy["delta"])
+        spend = Spend(
+            kind, privacy.get("mechanism", "gaussian"), privacy["noise_multiplier"], count=privacy["releases"]
+        )
+        value = cost([spend], "example", privacy["delta"])
         return {
             "epsilon": value if value < math.inf else None,
             "delta": privacy["delta"],

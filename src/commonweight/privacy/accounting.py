@@ -8,8 +8,9 @@ amplify nothing that is proved here, and must be given as 1. Where a unit is rep
 or removed, the two sums are up to 2C apart, in the releases in which it takes part.
 
 ε is computed from privacy loss distributions (dp-accounting's PLD, pessimistic rounding), with the Rényi accountant
-beside it as a check. Neither the classical σ = √(2 ln(1.25/δ))/ε, whose δ is wrong above ε = 1, nor adding up the ε of
-single releases, nor a central-limit estimate, which is too small, is used anywhere.
+beside it as a check. Noise of whole numbers, whose privacy loss has no closed form in many dimensions, is accounted for
+by Rényi divergences alone. Neither the classical σ = √(2 ln(1.25/δ))/ε, whose δ is wrong above ε = 1, nor adding up the
+ε of single releases, nor a central-limit estimate, which is too small, is used anywhere.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -46,6 +47,7 @@ class Releases:
         count: how many.
         sampling: the probability with which each unit takes part in one.
         replaced: in neighbouring data sets a unit is replaced by another.
+        discrete: the noise is of whole numbers (`distributed.py`), whose Rényi divergences are at most the Gaussian's.
 
     Raises:
         RecipeError: a number is out of its range.
@@ -55,6 +57,7 @@ class Releases:
     count: int
     sampling: float = 1.0
     replaced: bool = False
+    discrete: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise_multiplier < math.inf:
@@ -95,8 +98,7 @@ def epsilons(releases: Releases, rounds: int, delta: float) -> list[float]:
     """
     _check_delta(delta)
     if releases.sampling == 1 or releases.noise_multiplier == 0 or releases.count == 0:
-        of = (Releases(releases.noise_multiplier, k * releases.count, releases.sampling) for k in range(1, rounds + 1))
-        return [epsilon(plan, delta) for plan in of]
+        return [epsilon(replace(releases, count=k * releases.count), delta) for k in range(1, rounds + 1)]
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
     one = from_gaussian_mechanism(
@@ -157,13 +159,37 @@ def epsilon_of_all(plans: list[Releases], delta: float) -> float:
         return 0.0
     if any(plan.noise_multiplier == 0 for plan in plans):
         return math.inf
+    discrete = [plan for plan in plans if plan.discrete]
     if all(plan.sampling == 1 for plan in plans):
         # Gaussian releases compose to one whose squared ratios of C to σ add up: no accountant is needed
-        squares = ((2 if p.replaced else 1) ** 2 * p.count / p.noise_multiplier**2 for p in plans)
-        return _gaussian_epsilon(1 / math.sqrt(sum(squares)), delta)
+        ratio = sum((2 if p.replaced else 1) ** 2 * p.count / p.noise_multiplier**2 for p in plans)
+        return concentrated_epsilon(ratio / 2, delta) if discrete else _gaussian_epsilon(1 / math.sqrt(ratio), delta)
+    if discrete:  # a half of δ for what only Rényi divergences are known of, and one for the rest
+        others = [plan for plan in plans if not plan.discrete]
+        return epsilon_of_all(discrete, delta / 2) + epsilon_of_all(others, delta / 2)
     if any(plan.replaced for plan in plans):
         return _replaced_epsilon(plans, delta, _FINE)
     return _sampled_epsilon(plans, delta, _FINE)
+
+
+def concentrated_epsilon(rho: float, delta: float) -> float:
+    """ε of what is ρ-zCDP, of which the Rényi divergence of every order α > 1 is at most αρ:
+
+        ε = αρ + ln(1 − 1/α) − (ln δ + ln α)/(α − 1)
+
+    at the α where it is least (Canonne, Kamath and Steinke 2020, arXiv:2004.00010, proposition 12).
+    """
+    from scipy.optimize import minimize_scalar
+
+    def bound(log_order: float) -> float:
+        beyond = math.exp(log_order)  # α − 1
+        order = 1 + beyond
+        return order * rho + math.log(beyond / order) - (math.log(delta) + math.log(order)) / beyond
+
+    # without the logarithms of α it is least at 1 + √(ln(1/δ)/ρ)
+    middle = math.log(-math.log(delta) / rho) / 2
+    found = minimize_scalar(bound, bounds=(middle - 4, middle + 4), method="bounded", options={"xatol": 1e-9})
+    return max(0.0, float(found.fun))
 
 
 def _sampled_epsilon(plans: list[Releases], delta: float, step: float) -> float:
@@ -227,14 +253,16 @@ def _replaced_loss(plan: Releases, step: float) -> Any:
     return PrivacyLossDistribution(create_pmf_pessimistic_connect_dots_fixed_gap(step, -most, most, deltas))
 
 
-def noise_multiplier(target: float, delta: float, *, count: int, sampling: float = 1.0) -> float:
+def noise_multiplier(
+    target: float, delta: float, *, count: int, sampling: float = 1.0, discrete: bool = False
+) -> float:
     """The least z, rounded up to 4 decimals, with which `count` releases cost at most `target`.
 
     Args:
         target: ε, above 0; ∞ needs no noise.
         delta: δ.
         count: releases, at least 1.
-        sampling: as in `Releases`.
+        sampling, discrete: as in `Releases`; discrete noise is never sampled.
 
     Raises:
         RecipeError: an argument is out of its range, or no noise below 10⁶ is enough.
@@ -247,9 +275,25 @@ def noise_multiplier(target: float, delta: float, *, count: int, sampling: float
     Releases(1.0, count, sampling)
     if target == math.inf:
         return 0.0
+    if discrete:
+        return _rounded_up(_least_discrete(target, delta) * math.sqrt(count))
     if sampling == 1:
         return _rounded_up(analytic_gaussian(target, delta) * math.sqrt(count))
     return _rounded_up(_sampled_multiplier(target, delta, count, sampling))
+
+
+def _least_discrete(target: float, delta: float) -> float:
+    """z of one release of discrete noise."""
+    low, high = 0.0, 1.0
+    while concentrated_epsilon(0.5 / high**2, delta) > target:
+        low, high = high, 2 * high
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        if concentrated_epsilon(0.5 / middle**2, delta) > target:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 @lru_cache(maxsize=1024)

@@ -8,18 +8,37 @@ C, in L2. Sampling: none is assumed, so that a site counts as taking part in eve
 draw of a cohort, which anyone can repeat, did not invite it.
 
 Everyone who sees what is published is bounded in what they learn of a site; the coordinator itself, which sees the
-updates before the noise, or with secure sums their sum, is not.
+updates before the noise, or with secure sums their sum, is not. It is where sites add the noise (`distributed.py`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ..model.tensors import NamedTensors, l2_norm
+from ..recipe.schema import Recipe
+from .accounting import noise_multiplier
 from .noise import Noise
+
+
+def planned_noise(recipe: Recipe) -> float:
+    """z, as the recipe says it or as its ε needs it."""
+    spec = recipe.privacy
+    if spec.noise_multiplier is not None:
+        return spec.noise_multiplier
+    assert spec.epsilon is not None
+    assert spec.delta is not None
+    discrete = spec.mechanism.at_sites
+    return noise_multiplier(spec.epsilon, spec.delta, count=participations(recipe), discrete=discrete)
+
+
+def participations(recipe: Recipe, rounds: int | None = None) -> int:
+    """In how many rounds a site takes part at most: of the recipe's, or of the first so many."""
+    return math.ceil((recipe.federation.rounds if rounds is None else rounds) / recipe.privacy.mechanism.separation)
 
 
 def clip_(update: NamedTensors, bound: float) -> float:
@@ -45,13 +64,13 @@ class NoisyMean:
         bound: C.
         noise_multiplier: z.
         expected: what the sum is divided by.
-        noise: of this round.
+        noise: of this round; None: the sum has its noise already.
     """
 
     bound: float
     noise_multiplier: float
     expected: int
-    noise: Noise
+    noise: Noise | None
 
     def release(self, total: NamedTensors, first: Mapping[torch.dtype, int]) -> NamedTensors:
         """(Σ Δᵢ + N(0, z²C²))/m, in place.
@@ -61,8 +80,9 @@ class NoisyMean:
             first: where the stretch begins in each dtype's flat; empty: at the beginning.
         """
         for dtype, flat in total.floating():
-            number = _ROWS[dtype]
-            self.noise.add_(flat, self.noise_multiplier * self.bound, number=number, start=first.get(dtype, 0))
+            if self.noise is not None:
+                sigma = self.noise_multiplier * self.bound
+                self.noise.add_(flat, sigma, number=_ROWS[dtype], start=first.get(dtype, 0))
             flat.div_(self.expected)
         return total
 

@@ -16,15 +16,16 @@ one value of the field `patient`; `none`. Asked for the cost of another unit tha
                                    sum by C
     any         nothing            ∞
 
-Gaussian releases compose adaptively, also where z, the sampling and who takes part change from round to round, as long
+Releases compose adaptively, also where z, the sampling and who takes part change from round to round, as long
 as that does not depend on the data.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, Self
 
@@ -32,6 +33,7 @@ from pydantic import Field, model_validator
 
 from ..errors import BudgetError
 from ..recipe.schema import PrivacySpec, Section
+from . import distributed
 from .accounting import Releases, epsilon_of_all
 
 _ADJACENCY = {
@@ -52,8 +54,10 @@ def unit_of(spec: PrivacySpec) -> str:
     return spec.dp if spec.by is None else group_unit(spec.by)
 
 
-def adjacency(unit: str) -> str:
+def adjacency(unit: str, mechanism: str = "") -> str:
     """Which data sets count as neighbours."""
+    if mechanism == distributed.NAME:
+        return distributed.ADJACENCY
     if unit.startswith(_GROUP):
         return f"one {unit.removeprefix(_GROUP)} of a site, with all of its rows, more or fewer"
     return _ADJACENCY[unit]
@@ -80,15 +84,15 @@ class Spend:
     @property
     def adjacency(self) -> str:
         """Which data sets count as neighbours."""
-        return adjacency(self.unit)
+        return adjacency(self.unit, self.mechanism)
 
     def releases(self, unit: str) -> Releases:
         """What it costs a unit."""
-        z = self.noise_multiplier
+        z, discrete = self.noise_multiplier, self.mechanism == distributed.NAME
         if self.unit == unit:
-            return Releases(z, self.count, self.sampling)
+            return Releases(z, self.count, self.sampling, discrete=discrete)
         if self.unit == "site":
-            return Releases(z / 2, self.count, self.sampling)
+            return Releases(z / 2, self.count, self.sampling, discrete=discrete)
         if unit == "example" and self.unit.startswith(_GROUP):
             return Releases(z, self.count, self.sampling, replaced=True)
         return Releases(0.0, self.count, self.sampling)
@@ -105,18 +109,18 @@ UNPROTECTED = Spend("none", "none", 0.0)
 
 def cost(spends: Iterable[Spend], unit: str, delta: float) -> float:
     """ε of all these together, for one unit at one site."""
-    counts: dict[tuple[float, float, bool], int] = {}
+    counts = Counter[Releases]()
     for spend in spends:
         plan = spend.releases(unit)
-        key = plan.noise_multiplier, plan.sampling, plan.replaced
-        counts[key] = counts.get(key, 0) + plan.count
-    return _cost(tuple(sorted((*key, count) for key, count in counts.items())), delta)
+        counts[replace(plan, count=0)] += plan.count
+    return _cost(frozenset(counts.items()), delta)
 
 
 @lru_cache(maxsize=4096)
-def _cost(counts: tuple[tuple[float, float, bool, int], ...], delta: float) -> float:
+def _cost(counts: frozenset[tuple[Releases, int]], delta: float) -> float:
     """Many sites have spent the same."""
-    return epsilon_of_all([Releases(z, count, sampling, replaced) for z, sampling, replaced, count in counts], delta)
+    plans = [replace(plan, count=count) for plan, count in counts]
+    return epsilon_of_all(sorted(plans, key=astuple), delta)
 
 
 class Budget(Section):

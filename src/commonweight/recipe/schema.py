@@ -594,11 +594,12 @@ class AdaptiveClipSpec(Section):
 class MechanismSpec(Section):
     """The noise of a run's rounds."""
 
-    name: Literal["gaussian", "banded-toeplitz"] = Field(
+    name: Literal["gaussian", "banded-toeplitz", "distributed-discrete"] = Field(
         "gaussian",
         description="`gaussian`: independent in each round. `banded-toeplitz`: what a round adds later ones take back "
         "in part, which leaves less of it in the model; each site then takes part at most once in `min_separation` "
-        "rounds.",
+        "rounds. `distributed-discrete`: each site adds noise of its own before a secure sum, so that the coordinator "
+        "never sees the sum without.",
     )
     min_separation: int | None = Field(
         None,
@@ -611,13 +612,25 @@ class MechanismSpec(Section):
         ge=1,
         description="`banded-toeplitz`: rounds over which noise is spread, at most and by default `min_separation`.",
     )
+    colluding: float | None = Field(
+        None,
+        gt=0,
+        lt=0.5,
+        description="`distributed-discrete`: the share of the sites that a round invites that might leave out their "
+        "noise, or tell the coordinator what it was; the others add so much more. Default: none.",
+    )
+
+    @model_validator(mode="after")
+    def _only_what_it_asks_for(self) -> Self:
+        for other, names in _OPTIONS.items():
+            given = [name for name in names if getattr(self, name) is not None]
+            if given and self.name != other:
+                raise ValueError(f"`{given[0]}` does nothing with {self.name} noise; use name: {other}")
+        return self
 
     @model_validator(mode="after")
     def _a_band_within_the_separation(self) -> Self:
-        if self.name == "gaussian":
-            given = [name for name in ("min_separation", "band") if getattr(self, name) is not None]
-            if given:
-                raise ValueError(f"`{given[0]}` does nothing with gaussian noise; use name: banded-toeplitz")
+        if self.name != "banded-toeplitz":
             return self
         if self.min_separation is None:
             raise ValueError("banded-toeplitz needs `min_separation`: what it costs depends on it")
@@ -632,6 +645,14 @@ class MechanismSpec(Section):
         """Of so many rounds in a row a site takes part in one at most; 1: in all."""
         return self.min_separation or 1
 
+    @property
+    def at_sites(self) -> bool:
+        """Whether the sites add it."""
+        return self.name == "distributed-discrete"
+
+
+_OPTIONS = {"banded-toeplitz": ("min_separation", "band"), "distributed-discrete": ("colluding",)}
+
 
 class PrivacySpec(Section):
     """What bounds what is learnt of a site: by whoever gets the result, and by the coordinator."""
@@ -639,9 +660,10 @@ class PrivacySpec(Section):
     dp: Literal["none", "site", "example", "group"] = Field(
         "none",
         description="`site`: differential privacy of each site with all its rows: updates are clipped at the site, and "
-        "the coordinator adds noise to their sum. `example`: of each single training example: a site draws the batch "
-        "of a step by chance, clips each example's gradient and adds noise itself (DP-SGD). `group`: the same of all "
-        "rows of a site that have one value of `by`, such as a patient's, together. `none`: ε = ∞.",
+        "the coordinator, or with another `mechanism` the sites, add noise to their sum. `example`: of each single "
+        "training example: a site draws the batch of a step by chance, clips each example's gradient and adds noise "
+        "itself (DP-SGD). `group`: the same of all rows of a site that have one value of `by`, such as a patient's, "
+        "together. `none`: ε = ∞.",
     )
     by: str | None = Field(
         None, min_length=1, description="`dp: group`: the field that says whose a row is. Every row must have a value."
@@ -675,7 +697,8 @@ class PrivacySpec(Section):
         None, ge=0, description="z: the noise's standard deviation in units of `clip`; ε follows. Or `epsilon`."
     )
     mechanism: Annotated[MechanismSpec, BeforeValidator(_named)] = Field(
-        default_factory=MechanismSpec, description="The noise: `gaussian`, or `{name: banded-toeplitz, …}`."
+        default_factory=MechanismSpec,
+        description="The noise: `gaussian`, `{name: banded-toeplitz, …}`, or `distributed-discrete`.",
     )
     adaptive_clip: AdaptiveClipSpec | None = Field(
         None,
@@ -768,8 +791,8 @@ class PrivacySpec(Section):
             return self
         if self.mechanism.name != "gaussian" and self.adaptive_clip is not None:
             raise ValueError(
-                "noise that later rounds take back is of one size, and `adaptive_clip` changes it; leave that out, or "
-                "use mechanism: gaussian"
+                f"the noise of mechanism {self.mechanism.name} is for one clipping norm, and `adaptive_clip` changes "
+                "it; leave that out, or use mechanism: gaussian"
             )
         missing = [name for name in ("clip", "delta") if name not in given]
         if missing:
@@ -781,6 +804,26 @@ class PrivacySpec(Section):
         if self.noisy_steps and self.mechanism.name != "gaussian":
             raise ValueError("`mechanism` is of the noise on sums of sites' updates, with dp: site; remove it")
         return self
+
+    @model_validator(mode="after")
+    def _noise_of_sites_is_within_a_secure_sum(self) -> Self:
+        if not self.mechanism.at_sites:
+            return self
+        if self.secure_aggregation == "off":
+            raise ValueError(
+                f"with mechanism {self.mechanism.name} a site adds too little noise to hide its update by itself: "
+                "`secure_aggregation` must not be off"
+            )
+        if self.noise_multiplier == 0:
+            raise ValueError(f"mechanism {self.mechanism.name} needs noise; set `noise_multiplier` above 0")
+        if self.secure_bound is not None:
+            raise ValueError(f"`secure_bound` does nothing with mechanism {self.mechanism.name}, which goes by `clip`")
+        return self
+
+    @property
+    def own_noise(self) -> bool:
+        """Whether a site adds the noise that protects it, and need trust nobody to."""
+        return self.noisy_steps or self.mechanism.at_sites
 
 
 #: what a codec consists of, each by its field in `compression`: the kind of method that stands there

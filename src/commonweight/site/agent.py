@@ -161,7 +161,7 @@ class Agent:
         self._own_log = log is None
         self.log: Log = log if log is not None else SiteLog(folder / "log.jsonl")
         self.gate = Gate(folder, lambda: self.identity, policy_file, records, audit, self.log, to=settings.address)
-        self.sums = SiteSums(lambda: self.identity, self.gate.policy, records)
+        self.sums = SiteSums(folder, lambda: self.identity, self.gate.policy, records)
         self.keep_after_s = keep_after_s
         self._own_executor = executor is None
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix=f"work-{settings.name}")

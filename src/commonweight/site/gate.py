@@ -87,8 +87,8 @@ class KnownJob:
 
     @property
     def secure(self) -> bool:
-        """Whether the job promises that updates are seen in sums alone."""
-        return self.recipe.privacy.summed
+        """Whether the job promises that updates are seen in sums alone, or this site's noise counts on it."""
+        return self.recipe.privacy.summed or self.recipe.privacy.mechanism.at_sites
 
 
 class Gate:

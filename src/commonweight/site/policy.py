@@ -29,11 +29,12 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from ..errors import PolicyError, RecipeError
 from ..evaluate.metrics import Scores
 from ..federation.messages import SUM_STEPS
-from ..federation.private_rounds import NOISY_STEPS, participations, planned_noise, spends_of
+from ..federation.private_rounds import NOISY_STEPS, spends_of
 from ..identity.roles import SIGNING_ROLES
 from ..model.shapes import shapes_of
 from ..privacy.accounting import Releases, epsilon, noise_multiplier
 from ..privacy.secure_aggregation.rows import row_layout
+from ..privacy.site_level import participations, planned_noise
 from ..privacy.spending import UNPROTECTED, Budget, Spend, unit_of
 from ..recipe.schema import Recipe, Section
 from ..registry import BUILT_IN, built_in, is_listed, resolve
@@ -121,6 +122,10 @@ class PrivacyRules(Section):
     )
     secure_aggregation_required: bool = Field(
         description="Only jobs in which the coordinator learns sums of updates and no single one."
+    )
+    own_noise_required: bool = Field(
+        description="Only jobs in which the sites add the noise themselves, and trust no coordinator to: privacy of "
+        "examples, or of sites with mechanism distributed-discrete."
     )
 
 
@@ -252,6 +257,7 @@ class JobFacts:
         separation: of so many rounds in a row this site takes part in one at most.
         secure_group_size: the fewest sites whose updates are summed before somebody sees the sum, where that is not all
             of a round's.
+        own_noise: the site adds the noise that protects it.
     """
 
     run: str
@@ -278,6 +284,7 @@ class JobFacts:
     participations: int | None = None
     separation: int = 1
     secure_group_size: int | None = None
+    own_noise: bool = False
 
     @classmethod
     def of(
@@ -332,6 +339,7 @@ class JobFacts:
             participations=participations(recipe),
             separation=recipe.privacy.mechanism.separation,
             secure_group_size=recipe.privacy.secure_group_size,
+            own_noise=recipe.privacy.own_noise,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -355,11 +363,17 @@ class JobFacts:
                 f"{self.rounds} rounds of {self.strategy} / {self.objective}; a round combines at least "
                 f"{self.min_cohort} of {self.num_sites or 'all enrolled'} sites",
                 f"up to {size(self.update_bytes)} leave in a round; {self.samples} sample prompts in all",
-                f"differential privacy: {self.dp}, ε = {epsilon}; secure aggregation: "
+                f"differential privacy: {self.dp}, ε = {epsilon}{self._whose_noise}; secure aggregation: "
                 f"{'yes' if self.secure_aggregation else 'no'}"
                 + (f", in groups of at least {self.secure_group_size}" if self.secure_group_size else ""),
             ]
         )
+
+    @property
+    def _whose_noise(self) -> str:
+        if self.dp == "none":
+            return ""
+        return f", noise added by {'the site itself' if self.own_noise else 'the coordinator'}"
 
 
 def _planned_epsilon(recipe: Recipe) -> float | None:
@@ -374,7 +388,8 @@ def _planned_epsilon(recipe: Recipe) -> float | None:
     if spec.noisy_steps:
         return spec.epsilon
     assert spec.delta is not None
-    found = epsilon(Releases(planned_noise(recipe), participations(recipe)), spec.delta)
+    plan = Releases(planned_noise(recipe), participations(recipe), discrete=spec.mechanism.at_sites)
+    found = epsilon(plan, spec.delta)
     return found if found < math.inf else None
 
 
@@ -605,6 +620,9 @@ def _privacy(rules: PrivacyRules, facts: JobFacts) -> Iterator[str]:
         yield f"privacy.max_epsilon is {rules.max_epsilon:g}; the job states {stated}"
     if rules.secure_aggregation_required and not facts.secure_aggregation:
         yield "privacy.secure_aggregation_required is true; the job shows the coordinator each site's update"
+    if rules.own_noise_required and not facts.own_noise:
+        added = "without noise" if facts.dp == "none" else "to which the coordinator is to add the noise"
+        yield f"privacy.own_noise_required is true; the job wants updates {added}"
 
 
 def _over_budget(policy: Policy, before: Sequence[Spend], more: Spend, where: str = "") -> list[str]:

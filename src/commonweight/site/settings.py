@@ -259,6 +259,7 @@ privacy:
   max_epsilon: null         # a number: only jobs that state an epsilon of at most so much
   budget: null              # {unit: site, epsilon: 8, delta: 1e-5}: what this site's updates of all runs may cost
   secure_aggregation_required: false   # true: only jobs that reveal no single site's update to the coordinator
+  own_noise_required: false   # true: only jobs whose noise this site adds itself
 
 remote_code: false          # always false: code from a model's folder is never run
 approval: every-run         # every-run: a person says `commonweight site approve DIR RUN`. first-run, none

@@ -13,15 +13,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..engines.noise_secret import NoiseSecret
 from ..errors import AccessError, PolicyError, RecipeError, SiteError
 from ..federation.groups import Groups
 from ..federation.messages import SumTask, TrainTask
-from ..federation.secure_rounds import config_of
+from ..federation.secure_rounds import config_of, noise_key
 from ..identity.certificates import verify_certificate
 from ..identity.folder import IdentityFolder
 from ..identity.keys import SUM, verify
@@ -35,6 +38,7 @@ from ..wire import protocol_pb2 as pb
 from .gate import KnownJob
 from .policy import Policy
 from .records import SiteRecords
+from .run_files import RunFiles
 from .workshop import Work
 
 
@@ -42,13 +46,14 @@ class SiteSums:
     """One site's part in the secure sums of its runs. It blocks: it reads and writes the records.
 
     Args:
+        folder: the site's.
         identity, policy: of the moment.
     """
 
     def __init__(
-        self, identity: Callable[[], IdentityFolder], policy: Callable[[], Policy], records: SiteRecords
+        self, folder: Path, identity: Callable[[], IdentityFolder], policy: Callable[[], Policy], records: SiteRecords
     ) -> None:
-        self._identity, self._policy, self.records = identity, policy, records
+        self.folder, self._identity, self._policy, self.records = folder, identity, policy, records
 
     def answer(self, known: KnownJob, task: pb.Task, body: SumTask) -> dict[str, Any]:
         """What this site says in one step.
@@ -119,11 +124,17 @@ class SiteSums:
                 label_tokens=work.num_label_tokens,
                 loss=work.metrics.get("loss", 0.0),  # private steps tell none
                 out=row,
+                key=noise_key(code, partial(self._noise_key, task.run), party.site, task.round, delta),
             )
             party.mask({peer: bytes.fromhex(box) for peer, box in secure["boxes"].items()}, row)
         masked = NamedTensors(row_layout(delta.layout), {torch.int32: torch.from_numpy(row.view(np.int32))})
         metrics = {"seconds": work.metrics["seconds"], **({"clipped": float(clipped)} if clipped else {})}
         return replace(work, channels={MASKED: masked}, num_examples=1, num_label_tokens=0, metrics=metrics)
+
+    def _noise_key(self, run: str, purpose: str) -> bytes:
+        secret = NoiseSecret(RunFiles(self.folder, run).folder)
+        secret.make()
+        return secret.key(purpose)
 
     def _party(
         self, known: KnownJob, task: pb.Task, attempt: int, sites: tuple[str, ...], terms: Mapping[str, Any]

@@ -7,6 +7,9 @@ Legend: wᵢ a site's weight; W the most that it may be and T the most label tok
 sites are asked for, so that everyone knows them before the round; nats: the loss over the site's label tokens. Counts
 are whole numbers in the ring as long as their sum fits: then they are exact. As sums in the ring are exact whatever was
 masked and in whatever order rows were added, the result has the same bits wherever it is computed.
+
+Where sites add noise of their own (`privacy/distributed.py`) elements are rounded as that says, and of the totals only
+wᵢ is told: counts and losses have no noise.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from torch import Tensor
 from ...errors import RoundError, SiteError
 from ...model.tensors import Entry, Layout, NamedTensors
 from ...recipe.schema import Recipe
+from ..distributed import DistributedNoise
+from ..site_level import planned_noise
 from .fixed_point import HALF, FixedPoint
 from .masks import Ring
 
@@ -111,6 +116,7 @@ class RowCode:
         most: bounds of the counts.
         bound: the largest size of an element of an update; a larger one is clipped to it.
         toward_zero: see `FixedPoint`.
+        noise: that each site adds; None: none.
     """
 
     layout: Layout
@@ -119,6 +125,7 @@ class RowCode:
     most: Most
     bound: float
     toward_zero: bool = False
+    noise: DistributedNoise | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, layout: Layout, num_sites: int, most: Most) -> Self:
@@ -127,7 +134,17 @@ class RowCode:
         spec = recipe.privacy
         clipped = spec.dp == "site"
         bound = spec.secure_bound or (spec.clip if clipped else None) or DEFAULT_BOUND
-        return cls(layout, num_sites, recipe.federation.weighting, most, bound, toward_zero=clipped)
+        noise = None
+        if spec.mechanism.at_sites:
+            length = sum(numel for dtype, numel in layout.numels.items() if dtype.is_floating_point)
+            noise = DistributedNoise.of(
+                bound=bound,
+                noise_multiplier=planned_noise(recipe),
+                num_sites=num_sites,
+                colluding=spec.mechanism.colluding or 0.0,
+                length=length,
+            )
+        return cls(layout, num_sites, recipe.federation.weighting, most, bound, toward_zero=clipped, noise=noise)
 
     @property
     def length(self) -> int:
@@ -138,21 +155,29 @@ class RowCode:
     def elements(self) -> FixedPoint:
         return FixedPoint(self.bound, self.num_sites, self.toward_zero)
 
-    def encode(self, delta: NamedTensors, *, examples: int, label_tokens: int, loss: float, out: Ring) -> int:
+    def encode(
+        self, delta: NamedTensors, *, examples: int, label_tokens: int, loss: float, out: Ring, key: bytes | None = None
+    ) -> int:
         """Write an update's row and totals into `out`; returns how many of its elements were clipped.
 
+        Args:
+            key: of the noise, if the site adds any: 32 bytes, of this update alone.
+
         Raises:
-            SiteError: as `check`.
+            SiteError: as `check`; or noise is to be added to an update that was not clipped before.
         """
         self.check(examples, label_tokens)
         weight = {"examples": examples, "tokens": label_tokens, "uniform": 1}[self.weighting]
         scale, fixed, clipped = weight / self.most.weight(self.weighting), self.elements, 0
-        for dtype, start in row_starts(self.layout).items():
-            flat = delta.flats[dtype]
-            for first in range(0, flat.numel(), _PIECE):
-                values = flat[first : first + _PIECE].double().numpy()
-                at = start + first
-                clipped += fixed.encode(values, out[at : at + len(values)], scale=scale)
+        stretches = self._stretches(delta)
+        if self.noise is not None:
+            assert key is not None
+            self.noise.encode(stretches, out[: self.length - NUM_TOTALS], key)
+            examples, label_tokens, loss = 0, 0, 0.0
+        else:
+            for at, values in stretches:
+                piece = out[at : at + values.numel()]
+                clipped += fixed.encode(values.double().numpy(), piece, scale=scale)
         totals = out[self.length - NUM_TOTALS :]
         counts = np.asarray([weight, examples, label_tokens], dtype=np.float64)
         for place, code in enumerate(self._counts):
@@ -160,6 +185,14 @@ class RowCode:
         share = np.asarray([loss * label_tokens / max(1, self.most.label_tokens)])
         self._nats.encode(share, totals[3:])
         return clipped
+
+    def _stretches(self, delta: NamedTensors) -> list[tuple[int, Tensor]]:
+        """Of an update's floating elements, by where they begin in its row."""
+        return [
+            (start + first, delta.flats[dtype][first : first + _PIECE])
+            for dtype, start in row_starts(self.layout).items()
+            for first in range(0, delta.flats[dtype].numel(), _PIECE)
+        ]
 
     def check(self, examples: int, label_tokens: int) -> None:
         """Raises SiteError: an update's counts are above what the round's steps allow."""
@@ -176,7 +209,8 @@ class RowCode:
         Args:
             out: 1-D, floating, of equal length.
         """
-        scale = self.elements.step * self.most.weight(self.weighting)
+        step = self.elements.step if self.noise is None else self.noise.step
+        scale = step * self.most.weight(self.weighting)
         out.copy_(torch.from_numpy(total.view(np.int32).astype(np.float64) * scale))
 
     def totals(self, total: Ring, num_updates: int) -> Totals:
