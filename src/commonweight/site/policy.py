@@ -161,7 +161,11 @@ class Policy(Section):
         description="Relays that may have this site's update, which they see before they add it to others': names, or "
         "`any` alone. Past one that is not listed, the update goes to the coordinator."
     )
-    min_cohort: int = Field(ge=1, description="A round must combine the updates of at least so many sites.")
+    min_cohort: int = Field(
+        ge=1,
+        description="A round must combine the updates of at least so many sites; where secure sums are made in "
+        "groups, each group must.",
+    )
     max_rounds: int = Field(ge=0, description="Rounds of one run.")
     max_bytes_per_round: Bytes = Field(
         ge=0, description="Bytes that may leave in one round of a run, whatever is sent again included."
