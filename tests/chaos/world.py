@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from benchmarks.federation import Federation, NoiseWorkshop, free_ports, random_tensors, redirect
+from commonweight.codec.down import down_of
 from commonweight.coordinator.blobs import Blobs
 from commonweight.coordinator.settings import FILE, CoordinatorSettings, load_settings, settings_text
 from commonweight.coordinator.store import Run, Store, verify_chain
@@ -25,8 +26,9 @@ from commonweight.errors import CommonweightError, StorageError, UnreachableErro
 from commonweight.federation.messages import TrainTask
 from commonweight.lead.submit import sign
 from commonweight.model.tensors import NamedTensors
+from commonweight.recipe.load import parse_recipe
 from commonweight.recipe.resolved import recipe_text
-from commonweight.recipe.schema import Recipe
+from commonweight.recipe.schema import DownSpec, Recipe
 from commonweight.strategies.fedavg import FedAvg
 from commonweight.strategies.update import Update
 from commonweight.wire.frames import Channel, frame_of, plan_for
@@ -158,6 +160,7 @@ class World(Federation):
         rounds: int = 3,
         patience_s: float = 60.0,
         privacy: Mapping[str, Any] = MappingProxyType({}),
+        compression: Any = "none",
         **federation: Any,
     ) -> Callable[[], str]:
         """A signed job. What is returned submits it: the same job, whenever it is called."""
@@ -169,6 +172,7 @@ class World(Federation):
                 "federation": settings,
                 "training": {"batch_size": 128},  # of which a site's noise may say that it is made
                 "privacy": dict(privacy),
+                "compression": compression,
                 "evaluation": evaluation,
                 "output": {"keep_rounds": 1},
             }
@@ -347,7 +351,8 @@ class World(Federation):
 
     def check_model(self, run: str, history: dict[int, Any], instead: Mapping[tuple[int, str], NamedTensors]) -> None:
         rounds = [(r["cohort"], r["answered"]) for _, r in sorted(history.items())]
-        expected = expected_model(self.theta, rounds, instead)
+        recipe = parse_recipe(Job.FromString(self.store.run_row(run).job).recipe, "the job's recipe")
+        expected = expected_model(self.theta, rounds, instead, down=recipe.compression.down)
         saved = [event["digest"] for event in self.all_events(run) if event["event"] == "adapter_saved"]
         assert saved
         assert set(saved) == {expected.digest()}
@@ -384,17 +389,20 @@ def expected_model(
     theta: NamedTensors,
     rounds: Sequence[tuple[Sequence[str], Sequence[str]]],
     instead: Mapping[tuple[int, str], NamedTensors] = MappingProxyType({}),
+    down: DownSpec | None = None,
 ) -> NamedTensors:
     """The model after some rounds of federated averaging over sites that add noise, made in memory.
 
     Args:
         rounds: of each, the cohort in the order of folding, and those of it who answered.
         instead: updates that were not a site's usual noise, by round and site.
+        down: how what rounds change is coded on its way to the sites.
     """
+    way = down_of(down or DownSpec(), theta.layout, 0)
     others = frozenset((place, tensors.digest()) for place, tensors in instead.items())
-    key = (theta.digest(), others, *((tuple(cohort), frozenset(answered)) for cohort, answered in rounds))
+    key = (theta.digest(), others, repr(down), *((tuple(cohort), frozenset(answered)) for cohort, answered in rounds))
     if key not in _expected:
-        strategy = FedAvg()
+        strategy, late = FedAvg(), NamedTensors.zeros(theta.layout, wide=True)
         state = strategy.init(theta.clone())
         for number, (cohort, answered) in enumerate(rounds, 1):
             fold = strategy.open(state)
@@ -403,7 +411,10 @@ def expected_model(
                     update = noise_update(theta, site, number)
                     other = instead.get((number, site))
                     fold.add(update if other is None else replace(update, channels={"delta": other}))
+            before = state.theta.clone()
             state = strategy.close(state, fold)
+            for _ in way.follow(number, before, state.theta, late) if way is not None else ():
+                pass
         _expected[key] = state.theta
     return _expected[key]
 

@@ -79,7 +79,7 @@ class CatchUp:
         if held is not None:
             return held
         tensors = {THETA: await initial()}
-        plan = plan_for(known.layout, (Channel(THETA),), known.chunk_bytes)
+        plan = plan_for(tensors[THETA].layout, (Channel(THETA),), known.chunk_bytes)
         frame = await asyncio.to_thread(frame_of, tensors, plan)
         if frame.digest != beginning:
             self._log("initial.differs", run=run, reason="this machine draws other initial tensors from the seed")
