@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ import grpc  # isort: skip
 __all__ = ["short_waits"]
 
 RECIPE = THREE_ROUNDS.replace("rounds: 3", "rounds: 9")
-CODEC = {"round": "int8", "pack": "huffman"}
+CODEC: dict[str, Any] = {"round": {"name": "uniform", "bits": 2, "rounding": "nearest"}, "pack": "huffman"}
 VERSIONS = 6
 
 
@@ -60,7 +62,7 @@ class Journey(Stage):
             self.sent.append(Body.of({CODED: packer.packed(self.down.seed(round))}))
         for body in (*self.bodies, *self.sent):
             self.coordinator.add(body)
-        self.job(RECIPE + "compression: {down: {round: int8, pack: huffman}}\n")
+        self.job(RECIPE + f"compression: {json.dumps({'down': CODEC})}\n")
 
     def job(self, recipe: str) -> None:
         self.coordinator.jobs["run1"] = signed_job(self.lead, "run1", recipe, self.bodies[0].frame.header)
@@ -207,7 +209,11 @@ def no_payload(journey: Journey) -> list[str]:
     return [journey.coordinator.add(Body.of({CODED: NamedTensors(layout, flats)}))]
 
 
-@pytest.mark.parametrize("way", [wrong_digest, gone, no_names, of_another_shape, no_payload])
+def too_long(journey: Journey) -> list[str]:
+    return [journey.sent[1].frame.digest] * 20
+
+
+@pytest.mark.parametrize("way", [wrong_digest, gone, no_names, of_another_shape, no_payload, too_long])
 def test_what_does_not_lead_to_the_task_s_tensors_is_not_used(
     tmp_path: Path, way: Callable[[Journey], list[str]]
 ) -> None:
@@ -265,7 +271,7 @@ def added(model: NamedTensors, sent: NamedTensors) -> NamedTensors:
     return after
 
 
-def four_rounds(coordinator: Coordinator, lead: Hand, codec: dict[str, str]) -> tuple[str, list[str]]:
+def four_rounds(coordinator: Coordinator, lead: Hand, codec: dict[str, Any]) -> tuple[str, list[str]]:
     """A run of one site; it, and the bases of its versions."""
     site = coordinator.site(f"walker-{len(codec)}")
     run = lead.submit(lead.job(rounds=4, sites=[site.name], compression={"down": codec}))

@@ -30,9 +30,6 @@ from .link import Backoff, calling
 from .log import Log
 from .transfer import Transfer, Way, of_layout
 
-#: more differences than this lead nowhere
-_MOST_FRAMES = 10_000
-
 #: the initial global tensors, as this site makes them by itself
 Initial = Callable[[], Awaitable[NamedTensors]]
 
@@ -99,7 +96,7 @@ class CatchUp:
             except UnreachableError:
                 await asyncio.sleep(backoff.next_s())
         frames = list(reply.frames)
-        return frames if len(frames) <= _MOST_FRAMES and all(map(DIGEST.fullmatch, frames)) else []
+        return frames if all(map(DIGEST.fullmatch, frames)) else []
 
     async def _caught_up(
         self,
@@ -111,17 +108,22 @@ class CatchUp:
         frames: Sequence[str],
         wanted: Callable[[], Iterable[str]],
     ) -> dict[str, NamedTensors]:
-        """
+        """The channels of a frame that differences lead to.
+
         Raises:
-            SiteError: what comes of the differences is not what is wanted.
+            SiteError: they are no fewer bytes than the tensors, or what comes of them is not what is wanted.
             Refused, BadPayload: one is none.
         """
         run, needed = known.job.id, {held, digest, *frames}
         fits = lambda frame: check_coded_frame(frame, down.coder, (THETA,))  # noqa: E731
         keep = lambda: {*needed, *wanted()}  # noqa: E731
-        fetched = [await self._transfer.fetch(run, one, round, fits=fits, wanted=keep) for one in frames]
+        fetched: list[NamedTensors] = []
+        for one in frames:
+            fetched.append((await self._transfer.fetch(run, one, round, fits=fits, wanted=keep))[CODED])
+            if sum(sent.layout.num_bytes for sent in fetched) >= known.layout.num_bytes:
+                raise SiteError("the differences are no fewer bytes than the tensors")
         await self._transfer.fetch(run, held, round, fits=of_layout(known.layout), wanted=keep)
-        add = partial(_add, down, [one[CODED] for one in fetched])
+        add = partial(_add, down, fetched)
         found = await asyncio.to_thread(self._inbox.move_on, run, round, held, digest, add, wanted=set(wanted()))
         if found is None:
             raise SiteError("what comes of the differences is not what the task starts from")
