@@ -30,10 +30,11 @@ MakeRecipe = Callable[..., Recipe]
         {"federation": {"strategy": "scaffold"}},
         {"federation": {"strategy": "ffa-lora"}},
         {"compression": {"round": "sign"}},
+        {"compression": {"down": {"round": "int8"}}},
         {"privacy": {"secure_aggregation": "on"}},
         {"model": {"adapter": {"kind": "full"}}},
     ],
-    ids=["plain", "two channels", "half of it", "signs", "masked", "the whole model"],
+    ids=["plain", "two channels", "half of it", "signs", "small downloads", "masked", "the whole model"],
 )
 def test_bytes_are_those_that_a_run_counts(changes: dict[str, Any], make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe(**changes)
@@ -48,11 +49,15 @@ def test_bytes_are_those_that_a_run_counts(changes: dict[str, Any], make_recipe:
 
 def test_bytes_of_what_is_packed_are_a_bound(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     coding = {"shorten": {"name": "top-k", "keep": 0.1}, "round": {"name": "uniform", "bits": 4}, "pack": "huffman"}
-    recipe = make_recipe(compression=coding)
+    recipe = make_recipe(compression={**coding, "down": coding}, federation={"rounds": 4, "cohort": 2})
     found = forecast(recipe, secure=False, sites=sites_of(recipe))
     assert found.up_at_most
+    assert found.down_at_most
     assert found.moved_up is not None
-    assert run(recipe, tmp_path / "run")["bytes"]["up"] <= found.moved_up < found.plain_up * found.moved_up / found.up
+    assert found.moved_down is not None
+    counted = run(recipe, tmp_path / "run")["bytes"]
+    assert counted["up"] <= found.moved_up < found.plain_up * found.moved_up / found.up
+    assert counted["down"] <= found.moved_down < found.plain_down * 2 * 4
 
 
 def kept_by_autograd(recipe: Recipe, size: tuple[int, int]) -> int:

@@ -99,7 +99,9 @@ def _say(found: Forecast, asked: Asked) -> None:
         say(f"  kept at the sites     {own:,} more are trained")
     most = "at most " if found.up_at_most else ""
     say(f"  a site sends          {most}{_size(found.up)} a round{f' ({how}{ratio})' if how else ''}")
-    say(f"  a site fetches        {_size(found.down)} a round")
+    most = "at most " if found.down_at_most else ""
+    ratio = f" (compressed, {found.plain_down / found.down:.1f} times fewer bytes)" if found.small_down else ""
+    say(f"  a site fetches        {most}{_size(found.down)} a round{ratio}")
     if found.moved_up is not None and found.moved_down is not None:
         moved = f"{_size(found.moved_up)} up, {_size(found.moved_down)} down"
         say(f"  all together          {moved}: {found.rounds} {rounds} of {found.cohort} updates")

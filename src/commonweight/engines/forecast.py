@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..codec.coded import CHOICES_BYTES, LENGTH_BYTES
+from ..codec.down import down_of
 from ..codec.feedback import Coder, coder_of
 from ..data.sites import load_sites
 from ..data.tokens import Tokens
@@ -90,11 +91,12 @@ class Forecast:
     """What a recipe comes to.
 
     Args:
-        up, down: bytes of one site's round; of one with the whole adapter, where some hold parts.
-        up_at_most: whether `up` is a bound, because a codec packs what it writes.
-        coded: whether updates are made small.
+        up, down: bytes of one site's round; of one with the whole adapter, where some hold parts, and that missed no
+            round.
+        up_at_most, down_at_most: whether they are bounds, because a codec packs what it writes.
+        coded: whether updates are made small, small_down: whether what sites fetch is.
         hidden: in sums, by what: `masked`, `encrypted`, or "": they are not.
-        plain_up: what `up` would be in the adapter's own numbers.
+        plain_up, plain_down: what they would be in the adapter's own numbers.
         sites: that there are; None: not known.
         cohort: sites of a round; with an asynchronous strategy, updates of a version. None: not known.
         rounds: or versions, if it is asynchronous.
@@ -110,9 +112,12 @@ class Forecast:
     up: int
     down: int
     up_at_most: bool
+    down_at_most: bool
     coded: bool
     hidden: str
+    small_down: bool
     plain_up: int
+    plain_down: int
     sites: int | None
     cohort: int | None
     rounds: int
@@ -136,6 +141,8 @@ class Forecast:
                 "up_at_most": self.up_at_most,
                 "up_uncompressed": self.plain_up,
                 "down": self.down,
+                "down_at_most": self.down_at_most,
+                "down_uncompressed": self.plain_down,
                 "all_up": self.moved_up,
                 "all_down": self.moved_down,
             },
@@ -178,7 +185,9 @@ def forecast(
     plain = layout.num_bytes * channels
     hidden = "encrypted" if recipe.privacy.secure_aggregation == "homomorphic" else "masked" if secure else ""
     up = _hidden_bytes(hidden, layout) if hidden else _coded_bytes(coder, channels) if coder else plain
-    down = layout.num_bytes * (1 + len(strategy.broadcast_channels))
+    plain_down = layout.num_bytes * (1 + len(strategy.broadcast_channels))
+    small = down_of(recipe.compression.down, layout, recipe.seed)
+    down = plain_down if small is None else min(plain_down, _coded_bytes(small.coder, 1))
     num_sites = num_sites if num_sites is not None else len(sites.names) if sites is not None else None
     cohort = _answers(strategy, recipe, num_sites)
     steps = recipe.training.steps
@@ -191,16 +200,19 @@ def forecast(
     return Forecast(
         up,
         down,
-        coder is not None and any(codec.packing is not None for codec in coder.codecs) and not hidden,
+        _packs(coder) and not hidden,
+        small is not None and _packs(small.coder),
         coder is not None and not hidden,
         hidden,
+        small is not None,
         plain,
+        plain_down,
         num_sites,
         cohort,
         spec.rounds,
         isinstance(strategy, AsynchronousStrategy),
         None if cohort is None else up * cohort * spec.rounds,
-        None if cohort is None else down * cohort * spec.rounds,
+        None if cohort is None else _all_down(down, plain_down, num_sites, cohort, spec.rounds, small is not None),
         steps,
         transfer_s,
         train_s,
@@ -270,6 +282,17 @@ def _coded_bytes(coder: Coder, channels: int) -> int:
     most = channels * max(coder.most(place) for place in range(len(coder.codecs)))
     payloads = most if coder.budget is None else min(most, coder.budget)
     return payloads + channels * len(coder.spans) * LENGTH_BYTES + CHOICES_BYTES
+
+
+def _packs(coder: Coder | None) -> bool:
+    return coder is not None and any(codec.packing is not None for codec in coder.codecs)
+
+
+def _all_down(down: int, whole: int, num_sites: int | None, cohort: int, rounds: int, small: bool) -> int:
+    """Bytes of all sites in all rounds. Of small ones a site fetches each round's difference once at most, and none
+    before the first round."""
+    copies = whole * cohort * rounds
+    return copies if not small else min(copies, down * (num_sites or cohort) * (rounds - 1))
 
 
 def _answers(strategy: Strategy, recipe: Recipe, num_sites: int | None) -> int | None:
