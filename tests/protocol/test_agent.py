@@ -1205,6 +1205,33 @@ def test_a_coordinator_that_takes_nothing_ahead_gets_the_whole_update(
     play(tmp_path, scene, bench=Gradual())
 
 
+@pytest.mark.parametrize("stops", ["withdrawn", "stopped"])
+def test_an_update_on_its_way_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: str) -> None:
+    """Also when there is no connection to send it over."""
+    everything_is_large(monkeypatch)
+
+    async def scene(stage: Stage) -> None:
+        assert isinstance(stage.coordinator, EarlyCoordinator)
+        stage.coordinator.early = {}
+        stage.site.bench.go.clear()
+        stage.offer("t")
+        try:
+            await until(lambda: bool(stage.coordinator.early))
+            if stops == "withdrawn":
+                stage.coordinator.send(withdraw=pb.Withdraw(task="t", reason="nobody wants it"))
+                await until(lambda: bool(stage.site.events("task.withdrawn")))
+            else:
+                await stage.coordinator.stop()
+                stage.site.agent.stop()
+        finally:
+            stage.site.bench.go.set()
+        await until(lambda: stage.site.agent._hand.running is None)
+        assert not stage.coordinator.uploads
+        assert not list(stage.site.folder.glob("runs/run1/outbox-*"))
+
+    play(tmp_path, scene, bench=Gradual(), kind=EarlyCoordinator)
+
+
 def test_training_that_fails_after_a_part_has_left_offers_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -486,7 +486,7 @@ class Agent:
         try:
             return await self._do_work(item, lambda: self._trained(item, known, body, base, desk, ahead.digests))
         finally:
-            await ahead.stop()
+            await ahead.stop(now=item.cancelled)
 
     def _trained(
         self,

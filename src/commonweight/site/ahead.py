@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from ..errors import CommonweightError
 from ..model.tensors import NamedTensors
 from ..wire import protocol_pb2 as pb
 from ..wire.frames import Channel, Piece, Plan, chunk_digest, pack_chunk, piece_of
@@ -49,7 +48,7 @@ class Ahead:
         #: of the chunks that were sent, by index
         self.digests: dict[int, bytes] = {}
         self._news = asyncio.Event()
-        self._is_over = False
+        self._is_open = self._is_over = False
         self._loop = asyncio.get_running_loop()
         desk.tell = self._told
         self._sending = asyncio.create_task(self._send())
@@ -58,19 +57,25 @@ class Ahead:
         """Called by the thread that makes the update."""
         self._loop.call_soon_threadsafe(self._news.set)
 
-    async def stop(self) -> None:
-        """The update is whole, or given up: send no more than has been counted."""
+    async def stop(self, *, now: bool) -> None:
+        """The update is whole, or given up: send no more than has been counted.
+
+        Args:
+            now: not even that.
+        """
         self._desk.tell = lambda: None
         self._is_over = True
         self._news.set()
-        await self._sending
+        if now or not self._is_open:  # a connection that is not there may not come back
+            self._sending.cancel()
+        await asyncio.wait([self._sending])
 
     async def _send(self) -> None:
         try:
             await self._news.wait()
             if not self._is_over:
                 await self._pushed()
-        except (CommonweightError, TimeoutError) as error:
+        except Exception as error:  # whatever it is, the update is sent all the same
             fields = {"task": self._task.id, "run": self._task.run, "round": self._task.round}
             self._log("ahead.left", **fields, chunks=len(self.digests), reason=str(error) or type(error).__name__)
 
@@ -84,6 +89,7 @@ class Ahead:
             status = await session.transfer["OpenAhead"](ahead)
         if status.state != pb.UploadStatus.OPEN:
             return
+        self._is_open = True
         call = session.transfer["Push"](metadata=((UPLOAD_KEY, status.upload),))
         try:
             sent: dict[torch.dtype, int] = {}
