@@ -281,8 +281,8 @@ def test_a_group_whose_totals_cannot_be_is_a_row_of_zeros(tmp_path: Path, monkey
     liar, updates = groups[1][0], updates_of(1)
     mask = Caught.add
 
-    def lying(one: Caught, update: Update) -> tuple[int, int]:
-        found = mask(one, update)
+    def lying(one: Caught, update: Update, *further: Any) -> tuple[int, int]:
+        found = mask(one, update, *further)
         if update.site == liar:
             one._total[-4:-3] -= np.uint32(1 << 30)
             one.rows[liar][-4:-3] -= np.uint32(1 << 30)
