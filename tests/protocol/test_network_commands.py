@@ -104,10 +104,12 @@ def test_following_a_run(coordinator: Coordinator, lead: Hand, here: Path) -> No
     assert run in [found["id"] for found in as_(lead, "status", "--json").json["runs"]]
     one = as_(lead, "status", "followed").out
     assert f"run {run} (followed), lead lena: finished, round 2 of 2\n" in one
+    assert "\nsecure sums off: the coordinator sees each update; differential privacy off (ε = ∞)\n" in one
     assert re.search(r"^north +joined +yes$", one, re.M)
     assert "\nsouth: no, says the policy\n" in one
     assert re.search(r"^ +2 +1 of 1 +1\.000$", one, re.M)
-    assert as_(lead, "status", run, "--json").json["round"] == 2
+    shown = as_(lead, "status", run, "--json").json
+    assert (shown["round"], shown["secure_sums"], shown["protects"]) == (2, False, "none")
 
     logged = as_(lead, "logs", run).out.splitlines()
     assert re.search(r"run_started: name \"?followed", logged[0])

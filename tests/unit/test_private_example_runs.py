@@ -157,6 +157,18 @@ def test_what_was_drawn_is_not_told(make_recipe: MakeRecipe, tmp_path: Path) -> 
     assert "nan" not in page.lower().split("<body")[1]
 
 
+def test_a_site_pays_for_the_rounds_in_which_it_takes_part(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = private(make_recipe, training={"steps": 1}, federation={"rounds": 3, "cohort": 1})
+    metrics = run(recipe, tmp_path / "run")
+    found, asked = metrics["privacy"], [site for round in metrics["rounds"] for site in round["cohort"]]
+    assert {name: site["rounds"] for name, site in found["sites"].items()} == {n: asked.count(n) for n in set(asked)}
+    assert all(site["count"] == site["rounds"] for site in found["sites"].values())
+    assert found["rounds_planned"] == 3
+    assert max(asked.count(name) for name in asked) < 3, "as this seed draws"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "planned for three rounds; the busiest site took part in" in page
+
+
 def test_controls_are_said_to_be_without_noise(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = private(
         make_recipe, federation={"rounds": 1}, training={"steps": 1}, evaluation={"controls": ["local", "centralised"]}

@@ -146,6 +146,9 @@ def status(
 
 def _show_run(run: Mapping[str, Any]) -> None:
     say(f"run {run['id']} ({run['name']}), lead {run['lead']}: {run['state']}, round {run['round']} of {run['rounds']}")
+    sums = "on" if run["secure_sums"] else "off: the coordinator sees each update"
+    noise = "off (ε = ∞)" if run["protects"] == "none" else f"of each {run['protects'].removeprefix('group by ')}"
+    say(f"secure sums {sums}; differential privacy {noise}")
     if run["error"]:
         say(f"error: {run['error']}")
     if run["hint"]:

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import AccessError, StateError
 from ..identity.certificates import Holder, verify_certificate
 from ..identity.keys import JOB, verify
+from ..privacy.spending import unit_of
 from ..wire.messages import parse_job
 from ..wire.protocol_pb2 import (
     AuditRequest,
@@ -117,6 +118,8 @@ class ControlService:
             "recipe": run.recipe,
             "rounds": plan.recipe.federation.rounds,
             "round": last,
+            "secure_sums": plan.recipe.privacy.secure_aggregation == "on",
+            "protects": unit_of(plan.recipe.privacy),
             "base": commits[last]["state"]["base"] if commits else "",
             "leader": store.leader(run.id),
             "sites": [

@@ -365,6 +365,13 @@ def _privacy(metrics: Metrics) -> str:
     said = f"Differential privacy: {unit}, ε = {number(epsilon)}" + (f", δ = {significant(delta)}." if delta else ".")
     if kind in ("example", "group"):
         said += f" That is what the site pays whose {kind}s pay most; each site adds the noise itself, before it sends."
+        planned, sites = finite(dig(metrics, "privacy", "rounds_planned")), dig(metrics, "privacy", "sites") or {}
+        took_part = max((site.get("rounds", 0) for site in sites.values()), default=0)
+        if planned is not None and took_part < planned:
+            said += (
+                f" The noise was planned for {count(int(planned))} rounds; the busiest site took part in "
+                f"{count(took_part)}, and paid for those."
+            )
     assumed = dig(metrics, "privacy", "assumed")
     if assumed:
         said += f" It counts on this: {assumed}."

@@ -29,7 +29,7 @@ from ..privacy.secure_aggregation.graph import majority
 from ..privacy.site_level import COUNT_ROW, NoisyMean, planned_noise
 from ..privacy.spending import UNPROTECTED, Spend, adjacency, unit_of
 from ..privacy.toeplitz import CorrelatedNoise, optimised
-from ..recipe.schema import PrivacySpec, Recipe
+from ..recipe.schema import Recipe
 from ..strategies.update import Update
 from .journal import RunJournal
 from .tally import Sites
@@ -251,7 +251,7 @@ def statement(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> dict[str,
         return {"dp": "none", "epsilon": None}
     assert spec.delta is not None
     if spec.noisy_steps:
-        return _noisy_steps_statement(spec, records)
+        return _noisy_steps_statement(recipe, records)
     plan = released(records) or Releases(planned_noise(recipe), 0)
     name = spec.mechanism.name
     cost, rdp = epsilon(plan, spec.delta), epsilon_by_rdp(plan, spec.delta)
@@ -272,9 +272,10 @@ def statement(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> dict[str,
     }
 
 
-def _noisy_steps_statement(spec: PrivacySpec, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _noisy_steps_statement(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    spec = recipe.privacy
     assert spec.delta is not None
-    plans = spent_by_site(records)
+    plans, rounds = spent_by_site(records), Counter(site for record in records for site in spends_in(record))
     costs = {site: epsilon(plan, spec.delta) for site, plan in plans.items()}
     worst = max(costs, key=lambda site: costs[site], default=None)
     finite = worst is not None and costs[worst] < math.inf
@@ -290,8 +291,10 @@ def _noisy_steps_statement(spec: PrivacySpec, records: Sequence[Mapping[str, Any
         "noise_multiplier": plans[worst].noise_multiplier if worst is not None else None,
         "clip": spec.clip,
         "releases": plans[worst].count if worst is not None else 0,
+        "rounds_planned": recipe.federation.rounds,
         "sites": {
             site: {
+                "rounds": rounds[site],
                 "noise_multiplier": plan.noise_multiplier,
                 "count": plan.count,
                 "sampling": plan.sampling,
