@@ -3,8 +3,8 @@
 A hook on each trained linear layer keeps what goes into it, a [B, T, in], and gets the gradient of what comes out, b
 [B, T, out]; the gradient of unit u is the sum of bₜᵀaₜ over its tokens t. LoRA's layers are narrow, so that these
 gradients are small: a forward pass of U units holds U copies of the adapter's gradient and no more. Against a plain
-step it takes 1.2 to 1.9 times as long and a fifth more memory (`benchmarks/dp_sgd.py`, which also measures opacus's
-ways: hooks, functorch, ghost clipping).
+step it takes 1.2 to 1.4 times as long and up to a third more memory (`benchmarks/dp_sgd.py`, which also measures
+opacus's ways: hooks, functorch, ghost clipping).
 
 Legend: U units in a forward pass, each an example or a group of them; B sequences; T positions; gᵤ the gradient of unit
 u over all trained tensors together; C the bound.
