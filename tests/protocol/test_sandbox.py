@@ -85,6 +85,7 @@ def test_other_kinds_of_updates_have_the_bits_of_one_machine(make_recipe: MakeRe
         for name, sections in variants.items():
             model = same_bits(federation, name, make_recipe(name=name, evaluation=EVALUATION, **sections), tmp_path)
         private_examples(federation, make_recipe, tmp_path)
+        noise_of_the_sites(federation, make_recipe, tmp_path)
         no_rounds(federation, make_recipe(name="fedbuff", federation=FEDBUFF, evaluation=EVALUATION), tmp_path)
         policy = load_policy(tmp_path / "federation" / "sites" / "north")
         assert policy.models == [model]
@@ -141,6 +142,22 @@ def private_examples(federation: Sandbox, make_recipe: MakeRecipe, folder: Path)
         at_site = folder / "federation" / "sites" / site
         (spends,) = [spend for _, spend in SiteRecords(at_site / "state.sqlite").spends() if spend.unit == "example"]
         assert (spends.sampling, spends.count) == (4 / examples, 2 * steps)
+        assert not list(at_site.glob("runs/*/noise.key"))
+
+
+def noise_of_the_sites(federation: Sandbox, make_recipe: MakeRecipe, folder: Path) -> None:
+    """Each site adds noise of its own, within sums that are secure without being told to, and pays for it."""
+    noise = {"noise_multiplier": 0.3, "mechanism": "distributed-discrete"}
+    privacy = {"dp": "site", "clip": 0.5, "delta": 1e-3, **noise}
+    recipe = make_recipe(name="noisy", privacy=privacy, federation={"weighting": "uniform"}, evaluation=EVALUATION)
+    found = federation.carry_out(recipe, folder / "noisy", lambda *_: None)
+    told = found["privacy"]
+    assert (told["mechanism"], told["secure_sums"], told["releases"]) == ("distributed-discrete", True, 2)
+    assert {one["train_loss"] for one in found["rounds"]} == {None}
+    for site in SITES:
+        at_site = folder / "federation" / "sites" / site
+        spends = [s for _, s in SiteRecords(at_site / "state.sqlite").spends() if s.mechanism == "distributed-discrete"]
+        assert [(spend.noise_multiplier, spend.count) for spend in spends] == [(0.3, 2)]
         assert not list(at_site.glob("runs/*/noise.key"))
 
 

@@ -28,7 +28,8 @@ NOT_COVERED = (
     "scores on held-out rows); control arms."
 )
 NOT_COVERED_OF_SUMS = (
-    "Not covered by ε: whether a site answered, and in how many steps; scores on held-out rows; control arms."
+    "Not covered by ε: whether a site answered, and in how many steps; scores on held-out rows; control arms; that a "
+    "site knows its own noise (privacy.mechanism.colluding counts it out)."
 )
 NOT_COVERED_OF_STEPS = (
     "Not covered by ε: how many rows and tokens a site says that it has; the held-out rows, whose scores it sends; "

@@ -4,7 +4,8 @@ Each site's update, clipped to L2 norm C, is multiplied by L/C, rounded to whole
 gets noise of its own, a discrete Gaussian with σ; what is summed modulo 2³² has the noise of all sites in it (Kairouz,
 Liu and Steinke, The Distributed Discrete Gaussian Mechanism for Federated Learning with Secure Aggregation, ICML 2021,
 arXiv:2102.06387). Of the n sites that a round invites at least t are in the sum, and add noise that
-nobody else knows: σ·√t = z·Δ, with z the noise multiplier. The more there are, the more noise; t is the worst case.
+nobody else knows: σ·√t = z·Δ, with z the noise multiplier. The more there are, the more noise; t is the worst case. A
+site of the sum knows its own: from its point of view they are one fewer.
 
 Privacy unit: a site, with all its rows. Neighbouring data sets: a site's update or zeros in its place; its noise is
 there either way, for that a site answered is no secret. Sensitivity of the sum: Δ, in L2. Sampling: none is assumed.
