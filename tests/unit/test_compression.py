@@ -43,6 +43,32 @@ def test_a_run_counts_the_bytes_of_its_payloads(make_recipe: MakeRecipe, tmp_pat
     assert small["arms"]["federated"]["macro_loss"] == pytest.approx(plain["arms"]["federated"]["macro_loss"], rel=0.1)
 
 
+def test_bytes_are_told_by_codec_and_by_site(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    found = run(make_recipe(compression=TOP_K), tmp_path / "top-k")["bytes"]
+    assert list(found["codecs"]) == ["top-k keep=0.1, uniform bits=4, huffman"]
+    assert found["codecs"]["top-k keep=0.1, uniform bits=4, huffman"] == {"updates": 6, "bytes": found["up"]}
+    assert sum(site["up"] for site in found["sites"].values()) == found["up"]
+    assert sum(site["down"] for site in found["sites"].values()) == found["down"]
+    page = (tmp_path / "top-k" / "report.html").read_text()
+    assert "Bytes by codec" in page
+    assert "top-k keep=0.1, uniform bits=4, huffman" in page
+    budget = run(make_recipe(compression={"budget_mb": 0.001}), tmp_path / "budget")["bytes"]
+    assert sum(one["bytes"] for one in budget["codecs"].values()) == budget["up"]
+    assert run(make_recipe(), tmp_path / "plain")["bytes"]["codecs"].keys() == {"none"}
+    secure = make_recipe(privacy={"secure_aggregation": "on"})
+    assert run(secure, tmp_path / "secure")["bytes"]["codecs"].keys() == {"masked"}
+
+
+def test_an_asynchronous_run_counts_what_was_sent(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    federation = {"strategy": {"name": "fedbuff", "buffer": 2}, "rounds": 3, "clock": {"slowest": 1, "fastest": 2}}
+    coding = {"round": "int8", "error_feedback": False}
+    plain = run(make_recipe(federation=federation), tmp_path / "plain")["bytes"]
+    small = run(make_recipe(federation=federation, compression=coding), tmp_path / "small")["bytes"]
+    assert plain["up"] / 4.1 < small["up"] < plain["up"] / 3
+    (counted,) = small["codecs"].values()
+    assert counted == {"updates": 6, "bytes": small["up"]}
+
+
 def test_packing_alone_changes_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     run(make_recipe(), tmp_path / "plain")
     run(make_recipe(compression={"pack": "huffman"}), tmp_path / "packed")

@@ -152,6 +152,19 @@ class Codec:
         return _LENGTH.size + self.shortening.most(matrices) + numbers + 2 * self._overhead
 
     @cached_property
+    def name(self) -> str:
+        """Its stages, each with the options that are not as they are by default: `top-k keep=0.1, sign, huffman`."""
+        return ", ".join(
+            " ".join(
+                [
+                    stage.name,
+                    *(f"{key}={value}" for key, value in stage.options.model_dump(exclude_defaults=True).items()),
+                ]
+            )
+            for stage in self.stages
+        )
+
+    @cached_property
     def _overhead(self) -> int:
         return 0 if self.packing is None else 1
 

@@ -106,6 +106,7 @@ class Payloads:
         channels: that it has, in order.
         lengths, choices: as they came.
         num_bytes: of all payloads.
+        codec: as an attribute, the name of the one that made it small.
 
     Raises:
         BadPayload: the lengths are not those of `num_bytes` bytes, one is longer than the codec writes, or the choices
@@ -126,6 +127,7 @@ class Payloads:
         if not 0 <= self._seed < _SEEDS or not 0 <= codec < len(coder.codecs):
             raise BadPayload("a coded update with a seed, or by a codec, that there is not")
         self._codec = coder.codecs[codec]
+        self.codec = self._codec.name
         self._most = [self._codec.most(span.matrices) for span in coder.spans] * len(channels)
         fits = len(lengths) == len(self._most) and all(
             0 <= length <= most for length, most in zip(lengths, self._most, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -107,6 +108,14 @@ class StoredUpdate(Sealed, Update):
         assert self.coder is not None
         assert self.frame is not None
         return CodedFile(sealed, self.frame, self.coder, self.coded_channels, self.what)
+
+    def read_codec(self) -> str:
+        """The name of the codec that made it small; of several, the file says which."""
+        assert self.coder is not None
+        if len(self.coder.codecs) == 1:
+            return self.coder.codecs[0].name
+        with closing(self.coded(self.open())) as file:
+            return file.payloads.codec
 
     @property
     def what(self) -> str:

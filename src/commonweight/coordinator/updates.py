@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..wire.manifest import parse_manifest
 from ..wire.protocol_pb2 import SignedManifest
 from .blobs import Blobs
@@ -27,7 +29,7 @@ def stored_update(
         partial: the region's sum in which it came; it has no tensors of its own then.
     """
     manifest = parse_manifest(SignedManifest(manifest=upload.manifest, signature=upload.signature))
-    return StoredUpdate(
+    update = StoredUpdate(
         manifest.site,
         manifest.round,
         {},
@@ -46,3 +48,4 @@ def stored_update(
         coder=plan.coder,
         coded_channels=plan.update_channels if plan.coder is not None else (),
     )
+    return update if plan.coder is None or partial is not None else replace(update, codec=update.read_codec())

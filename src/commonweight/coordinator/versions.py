@@ -284,7 +284,6 @@ class Versions:
         record = {
             "state": self.model.close(number),
             **arrivals.record(self.sites, self.strategy),
-            "bytes_up": arrivals.tally.bytes_up,  # of those that came too late nobody knows how much was sent
             "seconds": arrivals.timing.seconds(began, time.perf_counter()),
         }
         self.journal.commit(number, record)

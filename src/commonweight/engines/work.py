@@ -149,7 +149,7 @@ class TaskWork:
             seed, steps = derive_seed(self.bench.recipe.seed, "own", task.site, task.round), change.steps(task.steps)
             own = replace(work, steps=steps, seed=seed, correction=change.pull, checkpoint=own_checkpoint)
             new_state["own"] = self._own(own, state.get("own", theta))
-        num_bytes = self._code(task, {"delta": delta, **further}, state, new_state, sent, room)
+        num_bytes, codec = self._code(task, {"delta": delta, **further}, state, new_state, sent, room)
         # plain numbers: an objective of one's own may count in NumPy's or torch's
         metrics = {"seconds": time.perf_counter() - began}
         if task.clip is not None:
@@ -167,6 +167,7 @@ class TaskWork:
             "num_steps": int(result.num_steps),
             "cluster": cluster,
             "num_bytes": num_bytes,
+            "codec": codec,
             "metrics": metrics,
         }
         return Trained(further, new_state, figures)
@@ -179,22 +180,23 @@ class TaskWork:
         new_state: dict[str, NamedTensors],
         sent: Callable[[Coded], None],
         room: Room,
-    ) -> int:
-        """Make an update small; returns its bytes, 0 where nothing is asked for. What is lost goes into `new_state`."""
-        coder, num_bytes = self.bench.coder, 0
+    ) -> tuple[int, str]:
+        """Make an update small; returns its bytes and the codec's name, 0 and "" where nothing is asked for. What is
+        lost goes into `new_state`."""
+        coder, num_bytes, codec = self.bench.coder, 0, ""
         late: dict[str, NamedTensors] = {}
         if coder is None:
-            return 0
+            return 0, ""
         if self.bench.recipe.compression.keeps_errors:
             for channel, tensors in channels.items():
                 late[channel] = room(f"late-{channel}", tensors.layout, wide=True)
                 if _LATE + channel in state:
                     late[channel].copy_(state[_LATE + channel])
         for coded in coder.encode(channels, late, coder.update_seed(task.site, task.round)):
-            num_bytes += LENGTH_BYTES + len(coded.payload)
+            num_bytes, codec = num_bytes + LENGTH_BYTES + len(coded.payload), coder.codecs[coded.codec].name
             sent(coded)
         new_state.update({_LATE + channel: tensors for channel, tensors in late.items()})
-        return CHOICES_BYTES + num_bytes
+        return CHOICES_BYTES + num_bytes, codec
 
     def _private(
         self,

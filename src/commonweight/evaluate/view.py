@@ -45,6 +45,7 @@ def build_view(metrics: Metrics, recipe_yaml: str) -> View:
         "curves_svg": charts.loss_curves(metrics),
         "turnout": turnout(metrics),
         "traffic_svg": charts.traffic_columns(_rounds(metrics)),
+        "codecs": codecs(metrics),
         "phases": phases(metrics),
         "rounds": round_rows(metrics),
         "partition": partition(metrics),
@@ -238,6 +239,35 @@ def _round_row(one: Mapping[str, Any]) -> View:
         "up": size(one.get("bytes_up")),
         "down": size(one.get("bytes_down")),
         "time": duration(sum(finite(seconds) or 0.0 for seconds in (one.get("seconds") or {}).values())),
+    }
+
+
+def codecs(metrics: Metrics) -> View:
+    """What updates were made small by, and what sites sent and fetched; empty without figures."""
+    found = dig(metrics, "bytes", "codecs") or {}
+    adapter = finite(dig(metrics, "bytes", "adapter"))
+    by_site = {site: one for site, one in (dig(metrics, "bytes", "sites") or {}).items() if isinstance(one, Mapping)}
+    most = sorted(by_site, key=lambda site: -(finite(by_site[site].get("up")) or 0.0))
+    return {
+        "rows": [_codec_row(name, one, adapter) for name, one in found.items()],
+        "sites": [
+            {"site": s, "up": size(by_site[s].get("up")), "down": size(by_site[s].get("down"))}
+            for s in most[:MAX_NAMES]
+        ],
+        "more": max(0, len(most) - MAX_NAMES),
+    }
+
+
+def _codec_row(name: str, one: Mapping[str, Any], adapter: float | None) -> View:
+    updates, sent = finite(one.get("updates")) or 0.0, finite(one.get("bytes")) or 0.0
+    told = {"none": "none: the numbers as they are", "masked": "masked: a row of a secure sum"}
+    told["encrypted"] = "encrypted: a row of a secure sum"
+    return {
+        "codec": told.get(name, name),
+        "updates": whole(updates),
+        "bytes": size(sent),
+        "each": size(sent / updates) if updates else NONE,
+        "fewer": f"{adapter * updates / sent:.1f}×" if adapter and sent else NONE,
     }
 
 

@@ -82,7 +82,6 @@ class Arrivals:
 
     def record(self, sites: Sites, strategy: Strategy) -> dict[str, Any]:
         arrived = [*self.answered, *self.failed, *self.stale]
-        sent = len(self.answered) + len(self.stale)
         return {
             "cohort": [site for site in sites.names if site in arrived],
             "answered": self.answered,
@@ -90,7 +89,6 @@ class Arrivals:
             "late": [site for site in dict.fromkeys(self.stale) if site not in self.answered],
             "updates": self.updates,
             **self.tally.record(arrived, strategy),
-            "bytes_up": sent * self.tally.layout.num_bytes,
         }
 
 
@@ -218,6 +216,7 @@ class AsynchronousRun:
         staleness = number - 1 - work.version
         if staleness > self.strategy.max_staleness:
             arrivals.stale.append(work.site)
+            arrivals.tally.hear(work.update)
             reason = f"it is {staleness} versions behind, more than max_staleness {self.strategy.max_staleness}"
             self.events.emit("update_refused", round=number, site=work.site, reason=reason)
             return
@@ -288,6 +287,7 @@ class AsynchronousRun:
             "num_label_tokens": update.num_label_tokens,
             "num_steps": update.num_steps,
             "num_bytes": update.num_bytes,
+            "codec": update.codec,
             "loss": update.metrics.get("loss", 0.0),
         }
 
@@ -306,6 +306,7 @@ class AsynchronousRun:
             num_label_tokens=record["num_label_tokens"],
             num_steps=record["num_steps"],
             num_bytes=record.get("num_bytes", 0),
+            codec=record.get("codec", ""),
             metrics={"loss": record["loss"]},
         )
         return work

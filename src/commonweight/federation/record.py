@@ -64,7 +64,8 @@ class Record:
         local, best = self._local()
         if local:
             arms["local"] = self._local_arm(local, best)
-        rounds = [{"round": n, **_round(r)} for n, r in self.journal.commits().items() if n > 0]
+        commits = {n: r for n, r in self.journal.commits().items() if n > 0}
+        rounds = [{"round": n, **_round(r)} for n, r in commits.items()]
         return {
             "format": FORMAT,
             "name": self.recipe.name,
@@ -78,6 +79,8 @@ class Record:
                 "down": sum(r["bytes_down"] for r in rounds),
                 "adapter": facts["model"]["adapter_bytes"],
                 **_received(rounds),
+                "codecs": _by_codec(commits),
+                "sites": _by_site(commits),
             },
             "privacy": {
                 **statement(self.recipe, list(self.journal.commits().values())),
@@ -251,7 +254,29 @@ def _arrivals(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _round(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "state"}
+    return {key: value for key, value in record.items() if key not in ("state", "codecs", "site_bytes")}
+
+
+def _by_codec(commits: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Updates, and the bytes that they came in, by what made them small."""
+    found: dict[str, dict[str, int]] = {}
+    for record in commits.values():
+        for codec, (updates, num_bytes) in record.get("codecs", {}).items():
+            so_far = found.setdefault(codec, {"updates": 0, "bytes": 0})
+            so_far["updates"] += updates
+            so_far["bytes"] += num_bytes
+    return found
+
+
+def _by_site(commits: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Bytes that each site sent and fetched."""
+    found: dict[str, dict[str, int]] = {}
+    for record in commits.values():
+        for site, (up, down) in record.get("site_bytes", {}).items():
+            so_far = found.setdefault(site, {"up": 0, "down": 0})
+            so_far["up"] += up
+            so_far["down"] += down
+    return {site: found[site] for site in sorted(found)}
 
 
 def _received(rounds: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -259,7 +259,8 @@ class FederatedRun:
         if self.model.private is not None:
             self.model.private.hear(update)
         if self.secure is not None:
-            update = replace(update, num_bytes=self.secure.num_bytes(update.site))
+            sent = self.secure.num_bytes(update.site)
+            update = replace(update, num_bytes=sent, codec=self.recipe.privacy.rows_are)
         tally.add(update, relay=self.model.relay(update))
         if self.secure is not None:
             update = self.secure.shown(update)

@@ -69,6 +69,7 @@ class FolderShelf:
             "num_steps": update.num_steps,
             "cluster": update.cluster,
             "num_bytes": update.num_bytes,
+            "codec": update.codec,
             "metrics": dict(update.metrics),
         }
         self.journal.keep_update(update.round, update.site, {"sha256": sha256, **numbers})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,9 @@ from ..model.tensors import Layout
 from ..privacy.secure_aggregation.rows import Totals
 from ..strategies.base import Strategy
 from ..strategies.update import Update
+
+#: what stands in the place of a codec's name for tensors as they are
+PLAIN = "none"
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Tally:
         channels: of an update.
         copies_down: of its tensors that a site fetches: the strategy's other channels are of the same size.
         fetched: what each site of the cohort fetches, if that is something else than copies.
+        codecs: how many updates came in how many bytes, by the name of what made them so (`PLAIN`: nothing).
+        sent: bytes by site.
     """
 
     lr: float
@@ -85,18 +91,30 @@ class Tally:
     label_tokens: int = 0
     nats: float = 0.0
     late: list[str] = field(default_factory=list)
+    codecs: dict[str, list[int]] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
     relays: dict[str, int] = field(default_factory=dict)
 
     def add(self, update: Update, *, relay: str = "") -> None:
         """Count an update; `relay`: by whose sum it came in."""
         self.updates += 1
-        self.bytes_up += self.bytes_of(update)
+        self.hear(update)
         if relay:
             self.relays[relay] = self.relays.get(relay, 0) + 1
         self.steps += update.num_steps
         self.examples += update.num_examples
         self.label_tokens += update.num_label_tokens
         self.nats += update.metrics.get("loss", 0.0) * update.num_label_tokens
+
+    def hear(self, update: Update) -> None:
+        """Count the bytes of an update, taken in or not."""
+        num_bytes = self.bytes_of(update)
+        self.bytes_up += num_bytes
+        self.sent[update.site] = self.sent.get(update.site, 0) + num_bytes
+        kind = update.codec or PLAIN
+        so_far = self.codecs.setdefault(kind, [0, 0])
+        so_far[0] += 1
+        so_far[1] += num_bytes
 
     def take(self, totals: Totals) -> None:
         """The figures of updates that were seen in sums alone."""
@@ -114,11 +132,13 @@ class Tally:
     def record(self, cohort: Iterable[str], strategy: Strategy, *, relays: bool = False) -> dict[str, Any]:
         """`bytes_up`: what sites send, `bytes_down`: what they fetch. With relays, `bytes_received`: what reaches the
         coordinator, which is one sum a region, in float32 at least, and the updates that came by themselves.
-        `train_loss` is None where sites do not say what they trained on.
+        `train_loss` is None where sites do not say what they trained on. `codecs`, `site_bytes`: as `metrics.json` has
+        them (`record.py`).
 
         Args:
             cohort: the sites that were given a task, one as often as it was.
         """
+        down = {site: times * self.bytes_to(site) for site, times in Counter(cohort).items()}
         copy, channels = self.layout.num_bytes, len(strategy.update_channels)
         received = (self.updates - sum(self.relays.values())) * copy + len(self.relays) * self.layout.num_wide_bytes
         return {
@@ -128,6 +148,8 @@ class Tally:
             "examples": self.examples,
             "label_tokens": self.label_tokens,
             "bytes_up": self.bytes_up,
-            "bytes_down": sum(self.bytes_to(site) for site in cohort),
+            "bytes_down": sum(down.values()),
+            "codecs": self.codecs,
+            "site_bytes": {site: [self.sent.get(site, 0), fetched] for site, fetched in down.items()},
             **({"bytes_received": received * channels} if relays else {}),
         }

@@ -733,6 +733,11 @@ class PrivacySpec(Section):
         """Whether updates are seen in sums alone, as far as the recipe has decided it."""
         return self.secure_aggregation in ("on", "homomorphic")
 
+    @property
+    def rows_are(self) -> str:
+        """What hides a single row of a secure sum: it is `masked`, or `encrypted`."""
+        return "encrypted" if self.secure_aggregation == "homomorphic" else "masked"
+
     @model_validator(mode="after")
     def _groups_make_secure_sums(self) -> Self:
         if self.secure_group_size is None:

@@ -24,6 +24,7 @@ class Update:
             that of the first step, from which some strategies weigh; it does not leave a networked site.
         cluster: of which cluster's model it is an update; 0 where there is one model.
         num_bytes: in how many it was sent, if that was not as it is here (a codec, a secure sum); 0: as it is.
+        codec: what made it so, by name.
     """
 
     site: str
@@ -36,6 +37,7 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
     cluster: int = 0
     num_bytes: int = 0
+    codec: str = ""
 
     @property
     def delta(self) -> NamedTensors:
