@@ -398,7 +398,7 @@ def show_ledger(book: Book, delta: float | None, json: bool) -> None:
         print_json(
             {
                 "delta": delta,
-                "budget": None if book.budget is None else book.budget.model_dump(),
+                "budget": None if book.budget is None else book.budget.model_dump(exclude_none=True),
                 "runs": [{**asdict(run), "epsilon": _finite(run.epsilon)} for run in runs],
                 "sites": [{**asdict(account), "epsilon": _finite(account.epsilon)} for account in found],
                 "lines": [line.to_json() for line in book.lines],

@@ -210,7 +210,10 @@ class ControlService:
     async def ReadLedger(self, request: LedgerRequest, holder: Holder, context: Any) -> JsonReply:
         lines, budget = await self.here.away(self.here.store.spent), self.here.settings.privacy_budget
         return _json(
-            {"lines": [line.to_json() for line in lines], "budget": None if budget is None else budget.model_dump()}
+            {
+                "lines": [line.to_json() for line in lines],
+                "budget": None if budget is None else budget.model_dump(exclude_none=True),
+            }
         )
 
     # --- changing

@@ -84,7 +84,7 @@ class LedgerFile:
 
     def set_budget(self, budget: Budget) -> None:
         """Set the budget of every site, in place of the one before."""
-        text = budget.model_dump_json()
+        text = budget.model_dump_json(exclude_none=True)
         with self._explained(), self._transaction():
             self._db.execute("INSERT OR REPLACE INTO about VALUES ('budget', ?)", (text,))
 
