@@ -2,7 +2,7 @@
 
     python benchmarks/bytes_vs_loss.py --recipe recipes/medquad.yaml --set data.path=… --set model.name=… \\
         [--codecs none,bf16,auto,…] [--seeds 0,1,2] [--json]
-    python benchmarks/bytes_vs_loss.py --from a.json b.json … [--json]    # what runs apart have measured, as one
+    python benchmarks/bytes_vs_loss.py --from a.json b.json … [--plot FILE.svg] [--json]    # what runs apart measured
 
 Every codec runs the federated arm of the recipe: the same sites, rows, local steps, rounds. A codec is one of `CODECS`
 below, or a mapping as `compression` takes it, by --codec NAME=MAPPING; those of `compression.down` are called `down …`.
@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,50 @@ def show(table: Mapping[str, Any]) -> None:
         print(f"{name:24} {row['seeds']:5} {up} {down} {loss:>15} {row['to_none']:8.4f}")
 
 
+def plot(table: Mapping[str, Any], title: str) -> str:
+    """Loss, to that of `none`, against how many times fewer bytes went up, as an SVG: a mark a codec, hollow without
+    error feedback."""
+    rows = {name: row for name, row in summary(table).items() if name != "none"}
+    most = math.log10(max(row["fewer_up"] for row in rows.values())) * 1.08
+    highest = max(row["to_none"] for row in rows.values()) * 1.01 - 1
+    wide, high, left, base = 900, 460, 70, 400
+
+    def at(fewer: float, ratio: float) -> tuple[float, float]:
+        return left + (wide - left - 150) * math.log10(fewer) / most, base - (base - 50) * (ratio - 1) / highest
+
+    shapes = [f'<text x="{left}" y="24" class="title">{escape(title)}</text>']
+    for fewer in (1, 2, 5, 10, 20, 50, 100, 200):
+        if math.log10(fewer) <= most:
+            x = at(fewer, 1)[0]
+            shapes.append(f'<path d="M{x:.1f} 50V{base}" class="grid"/>')
+            shapes.append(f'<text x="{x:.1f}" y="{base + 20}" text-anchor="middle">{fewer}×</text>')
+    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2) if highest / step <= 8)
+    for k in range(int(highest / step) + 1):
+        y = at(1, 1 + k * step)[1]
+        shapes.append(f'<path d="M{left} {y:.1f}H{wide - 150}" class="grid"/>')
+        shapes.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{1 + k * step:.2f}</text>')
+    shapes.append(f'<text x="{left}" y="{base + 44}">fewer bytes up than float32 · loss, to that of float32 ↑</text>')
+    taken: list[tuple[float, float, float]] = []
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["to_none"]):
+        x, y = at(row["fewer_up"], row["to_none"])
+        kind = "without" if name.endswith("without") else "with"
+        shapes.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="{kind}"/>')
+        spot, width = y + 4, 7 * len(name)
+        while any(abs(spot - other) < 14 and x < end and place < x + width for place, end, other in taken):
+            spot -= 14  # above what is written there
+        taken.append((x, x + width, spot))
+        shapes.append(f'<path d="M{x:.1f} {y:.1f}L{x + 7:.1f} {spot - 4:.1f}" class="leader"/>')
+        shapes.append(f'<text x="{x + 8:.1f}" y="{spot:.1f}">{escape(name)}</text>')
+    style = (
+        "text{font:12px sans-serif;fill:#333}.title{font-size:15px}.grid{stroke:#ddd}.with{fill:#1f6f8b}"
+        ".leader{stroke:#999;stroke-width:.7}.without{fill:#fff;stroke:#c0562f;stroke-width:2}svg{background:#fff}"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" role="img">'
+        f'<style>{style}</style><rect width="{wide}" height="{high}" fill="#fff"/>{"".join(shapes)}</svg>\n'
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="demo")
@@ -147,6 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--codec", action="append", default=[], metavar="NAME=MAPPING", help="One more, in JSON.")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--from", type=Path, nargs="+", dest="files", metavar="FILE", help="Join these; run nothing.")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="Draw loss against bytes, as an SVG.")
+    parser.add_argument("--title", default="Loss against bytes", help="Of the drawing.")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     try:
@@ -162,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             table = compare(given.recipe, given.overrides, chosen, [int(seed) for seed in given.seeds.split(",")])
     except (RecipeError, OSError, ValueError) as error:
         parser.error(str(error))
+    if given.plot is not None:
+        given.plot.write_text(plot(table, given.title))
     print(json.dumps(table)) if given.json else show(table)
 
 
