@@ -13,8 +13,9 @@ which is the dearest time: their pair masks must be taken off the sum one by one
     plain_s           the same rows added in the clear, in this run
     site_over_encode  a site's seconds to those of encoding alone
     bytes_per_param   what a site sends, all messages, to its number of parameters
-    flower_masks      seconds in which NumPy's seeded generator expands the masks that one site needs, 64 bits an
-                      element, as Flower's does, to ours; null without --compare
+    flower_masks      seconds in which Flower's own code (`secaggplus_utils.pseudo_rand_gen`) makes and adds the masks
+                      that one site needs, to ours; null without --flower PYTHON, an interpreter of an environment of
+                      its own in which flwr is installed, since its requirements and ours do not go together
 
 With --homomorphic, which needs the package tenseal, the same rows are also added as ciphertexts
 (`privacy/homomorphic.py`), each figure of which stands beside that of the masks:
@@ -32,6 +33,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import time
 from typing import Any
 
@@ -151,16 +153,33 @@ def encrypted(num_sites: int, num_params: int, dropout: float) -> dict[str, floa
     }
 
 
-def compared(num_neighbours: int, num_params: int) -> float:
-    """Seconds in which NumPy's generator, seeded with 32 bits, makes one site's masks, to those of `Expander`."""
-    began = time.perf_counter()
-    total = np.zeros(num_params, dtype=np.int64)
-    for seed in range(num_neighbours + 1):
-        total += np.random.RandomState(seed).randint(0, 1 << 24, num_params)
-    theirs = time.perf_counter() - began
+_FLOWER = """
+import sys, time
+import numpy as np
+from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
+count, params = map(int, sys.argv[1:])
+total = np.zeros(params, dtype=np.int64)
+began = time.perf_counter()
+for seed in range(count):
+    total += pseudo_rand_gen(seed.to_bytes(32, "big"), 1 << 32, [(params,)])[0]
+total %= 1 << 32
+print(time.perf_counter() - began)
+"""
+
+
+def compared(python: str, num_neighbours: int, num_params: int) -> float:
+    """Flower's seconds for one site's masks, to those of `Expander`; each makes a mask for every neighbour and one of
+    its own, and adds them up.
+
+    Raises:
+        OSError, subprocess.SubprocessError: that interpreter, or flwr in it, cannot be had.
+    """
+    count = num_neighbours + 1
+    command = [python, "-W", "ignore", "-c", _FLOWER, str(count), str(num_params)]
+    theirs = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
     expander, row = Expander(), np.zeros(num_params, dtype=np.uint32)
     began = time.perf_counter()
-    for seed in range(num_neighbours + 1):
+    for seed in range(count):
         expander.add(row, seed.to_bytes(16, "big"))
     return theirs / (time.perf_counter() - began)
 
@@ -171,7 +190,7 @@ def main() -> None:
     parser.add_argument("--params-m", type=float, default=4.0, help="Millions of parameters.")
     parser.add_argument("--dropout", type=float, default=0.0, help="Share of the sites that drop out.")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--compare", action="store_true", help="Also expand masks the way of NumPy's generator.")
+    parser.add_argument("--flower", metavar="PYTHON", help="Also make masks by flwr's code, with this interpreter.")
     parser.add_argument("--homomorphic", action="store_true", help="Also add ciphertexts; needs the package tenseal.")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
@@ -187,7 +206,10 @@ def main() -> None:
     figures: dict[str, Any] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     figures["bit_exact"] = all(run["bit_exact"] for run in runs)
     figures["site_over_encode"] = figures["site_s"] / figures["encode_s"]
-    figures["flower_masks"] = compared(given.sites - 1, num_params) if given.compare else None
+    try:
+        figures["flower_masks"] = compared(given.flower, given.sites - 1, num_params) if given.flower else None
+    except (OSError, subprocess.SubprocessError) as error:
+        parser.error(f"--flower: {error}")
     if given.homomorphic:
         figures["he_exact"] = all(run["he_exact"] for run in runs)
         for key in ("site_s", "coordinator_s", "bytes_per_param"):
