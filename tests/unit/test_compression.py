@@ -49,6 +49,8 @@ def test_bytes_are_told_by_codec_and_by_site(make_recipe: MakeRecipe, tmp_path: 
     assert found["codecs"]["top-k keep=0.1, uniform bits=4, huffman"] == {"updates": 6, "bytes": found["up"]}
     assert sum(site["up"] for site in found["sites"].values()) == found["up"]
     assert sum(site["down"] for site in found["sites"].values()) == found["down"]
+    events = map(json.loads, (tmp_path / "top-k" / "events.jsonl").read_text().splitlines())
+    assert {e["codec"] for e in events if e["event"] == "update_accepted"} == set(found["codecs"])
     page = (tmp_path / "top-k" / "report.html").read_text()
     assert "Bytes by codec" in page
     assert "top-k keep=0.1, uniform bits=4, huffman" in page

@@ -156,6 +156,7 @@ class Versions:
                 **facts,
                 examples=update.num_examples,
                 loss=update.metrics.get("loss", 0.0),
+                **arrivals.tally.bytes_told(update),
             )
         for site, reason in version.failed.items():
             if site not in arrivals.failed:

@@ -229,7 +229,12 @@ class AsynchronousRun:
         facts = {"site": work.site, "version": work.version, "staleness": staleness, "virtual_s": work.arrives}
         arrivals.updates.append(facts)
         self.events.emit(
-            "update_accepted", round=number, **facts, examples=update.num_examples, loss=update.metrics.get("loss", 0.0)
+            "update_accepted",
+            round=number,
+            **facts,
+            examples=update.num_examples,
+            loss=update.metrics.get("loss", 0.0),
+            **arrivals.tally.bytes_told(update),
         )
 
     def _abandon(self, number: int, arrivals: Arrivals) -> None:

@@ -43,7 +43,9 @@ from .shelf import Shelf
 from .tally import Sites, Tally, Timing
 
 #: what an event says by itself, or does not say; a site's metric of such a name is not shown with it
-_EVENT_FIELDS = frozenset({"self", "t", "event", "round", "site", "examples", "bytes_up", "bytes_down", UNDER_CLIP})
+_EVENT_FIELDS = frozenset(
+    {"self", "t", "event", "round", "site", "examples", "bytes_up", "bytes_down", "codec", UNDER_CLIP}
+)
 
 
 class FederatedRun:
@@ -267,7 +269,7 @@ class FederatedRun:
         figures = {name: value for name, value in update.metrics.items() if name not in _EVENT_FIELDS}
         if self.secure is None:
             figures["examples"] = update.num_examples
-        figures |= {"bytes_up": tally.bytes_of(update), "bytes_down": tally.bytes_to(update.site)}
+        figures |= tally.bytes_told(update)
         self.events.emit("update_accepted", round=round.number, site=update.site, **figures)
         return after
 

@@ -125,6 +125,11 @@ class Tally:
         copy = self.sites.bytes_up.get(update.site, self.layout.num_bytes)
         return update.num_bytes or copy * self.channels
 
+    def bytes_told(self, update: Update) -> dict[str, Any]:
+        """What an event says of an update's bytes, and of those of its task."""
+        codec = update.codec or PLAIN
+        return {"bytes_up": self.bytes_of(update), "bytes_down": self.bytes_to(update.site), "codec": codec}
+
     def bytes_to(self, site: str) -> int:
         """What a site fetches for its task."""
         return self.fetched.get(site, self.sites.bytes_down.get(site, self.layout.num_bytes) * self.copies_down)
