@@ -38,6 +38,17 @@ def test_the_known_value_of_sampled_training() -> None:
     assert epsilon_by_rdp(plan, 1e-5) == pytest.approx(5.632, abs=0.01)
 
 
+@pytest.mark.parametrize(("z", "sampling", "steps", "delta"), [(1.1, 0.01, 10_000, 1e-5), (0.8, 0.1, 60, 1e-6)])
+def test_epsilon_against_prv_accountant(z: float, sampling: float, steps: int, delta: float) -> None:
+    """An accountant written by others (Gopi, Lee and Wutschitz 2021), where it is installed: the extra `oracle`."""
+    dpsgd = pytest.importorskip("prv_accountant.dpsgd")
+    their = dpsgd.DPSGDAccountant(z, sampling, steps, eps_error=0.01, delta_error=delta / 1e5)
+    least, estimate, most = their.compute_epsilon(delta, steps)
+    found = epsilon(Releases(z, steps, sampling), delta)
+    assert least <= found <= most
+    assert found == pytest.approx(estimate, abs=0.01)
+
+
 @pytest.mark.parametrize(("target", "known"), [(1, 16.7), (3, 6.2), (8, 2.7)])
 def test_noise_of_a_few_institutions_that_all_take_part(target: float, known: float) -> None:
     found = noise_multiplier(target, 1e-5, count=20)
