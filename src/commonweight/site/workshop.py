@@ -247,7 +247,8 @@ class RecipeWorkshop:
             files.keep_private_state(task, done.state)
             # the loss of one batch says more of its few rows than a strategy that runs over a network asks for
             done.figures["metrics"].pop("first_loss", None)
-            done.figures.pop("num_bytes")  # the frame tells
+            for told in ("num_bytes", "codec"):  # by the frame
+                done.figures.pop(told)
             if packer is not None:
                 assert bench.coder is not None
                 channels = {CODED: packer.packed(bench.coder.update_seed(self.local_name, task.round))}
