@@ -183,7 +183,7 @@ def forecast(
     layout, channels = skeleton.layout, len(strategy.update_channels)
     coder = coder_of(recipe.compression, layout, recipe.seed, channels)
     plain = layout.num_bytes * channels
-    hidden = recipe.privacy.rows_are if secure else ""
+    hidden = recipe.privacy.rows_are if secure or recipe.privacy.summed else ""
     up = _hidden_bytes(hidden, layout) if hidden else _coded_bytes(coder, channels) if coder else plain
     plain_down = layout.num_bytes * (1 + len(strategy.broadcast_channels))
     small = down_of(recipe.compression.down, layout, recipe.seed)
