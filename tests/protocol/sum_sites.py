@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from commonweight.codec.common import common_numbers
 from commonweight.errors import CommonweightError
 from commonweight.federation.messages import SUM_STEPS, SumTask, TrainTask
 from commonweight.identity.folder import IdentityFolder
@@ -61,7 +62,7 @@ def work_of(site: str, round: int, layout: Layout) -> Work:
 
 def mean_of(sites: list[str], num_sites: int, recipe: Recipe, round: int, layout: Layout) -> NamedTensors:
     """The mean of these sites' updates as a secure round has it: from the rows, added without masks."""
-    code = RowCode.of(recipe, layout, num_sites, Most.of(recipe, 1))
+    code = RowCode.of(recipe, layout, num_sites, Most.of(recipe, 1), common_numbers(recipe, layout, round))
     total = np.zeros(code.length, dtype=np.uint32)
     for site in reversed(sites):
         work, row = work_of(site, round, layout), np.empty_like(total)
@@ -69,7 +70,7 @@ def mean_of(sites: list[str], num_sites: int, recipe: Recipe, round: int, layout
         code.encode(work.channels["delta"], examples=work.num_examples, label_tokens=40, loss=loss, out=row)
         total += row
     mean = NamedTensors.zeros(layout)
-    code.decode(total[:-4], mean.flats[torch.float32])
+    code.spread(lambda first, length: total[first : first + length], torch.float32, 0, mean.flats[torch.float32])
     mean.flats[torch.float32].div_(sum(map(examples_of, sites)))
     return mean
 

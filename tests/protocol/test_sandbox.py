@@ -29,7 +29,7 @@ from tests.unit.command_line import call
 
 MakeRecipe = Callable[..., Recipe]
 #: variants whose updates are summed securely: without being told to where a sum is enough, and three sites take part
-SECURE = ("fedavg", "ffa-lora", "rolora", "ditto", "interpolation", "grouped-median", "small-down-sums")
+SECURE = ("fedavg", "ffa-lora", "rolora", "ditto", "interpolation", "grouped-median", "small-down-sums", "small-sums")
 FEDBUFF = {"rounds": 4, "strategy": {"name": "fedbuff", "buffer": 2}}
 EVALUATION = {"controls": ["base"], "samples": 1, "max_new_tokens": 4}
 
@@ -79,6 +79,7 @@ def test_other_kinds_of_updates_have_the_bits_of_one_machine(make_recipe: MakeRe
         },
         "small-down": {"compression": {"down": small}, "federation": {"cohort": 2, "strategy": "fedadam", "rounds": 4}},
         "small-down-sums": {"compression": {"down": "auto"}},
+        "small-sums": {"compression": {"shorten": "random-k"}, "privacy": {"secure_aggregation": "on"}},
         "parts": {"model": {"name": plain.model.name, "adapter": adapter}, "federation": {"strategy": "hetlora"}},
     }
     with sandbox(plain, tmp_path) as federation:

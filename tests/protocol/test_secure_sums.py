@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 import torch
 
+from commonweight.codec.common import common_numbers
 from commonweight.coordinator.tables import uploads
 from commonweight.engines.noise_secret import NoiseSecret
 from commonweight.federation.groups import Groups
@@ -128,6 +129,16 @@ def test_rounds_have_the_bits_of_unmasked_sums_and_show_nothing_else(stage: Stag
     kept = [row for row in stage.coordinator.store.tasks(run) if row.kind in STEPS and row.kind != "train"]
     assert len(kept) == 2 * 5 * 4
     assert all((row.body, row.result) == (b"{}", None) for row in kept), "shares outlive their round"
+
+
+def test_numbers_that_are_drawn_alike_have_the_bits_of_a_simulation(stage: Stage) -> None:
+    run = stage.begin(4, rounds=2, compression={"shorten": {"name": "random-k", "keep": 0.3}})
+    stage.check(run, [list(stage.sites)] * 2)
+    numbers = common_numbers(stage.recipe, theta().layout, 1)
+    assert numbers is not None
+    for upload in all_uploads(stage, run):
+        frame = parse_manifest(pb.SignedManifest(manifest=upload.manifest)).frame
+        assert frame.plan.num_bytes == 4 * (numbers.length + 4) < theta().layout.num_bytes
 
 
 class NoisyStage(Stage):

@@ -428,7 +428,7 @@ def test_examples_that_are_private_at_their_sites_go_with_groups(make_recipe: Ma
             },
             "whose sensitivity nobody has bounded",
         ),
-        ({"privacy": GROUPED, "compression": "auto"}, "whole rows are added"),
+        ({"privacy": GROUPED, "compression": "auto"}, "rules over groups compare whole updates"),
         ({"privacy": GROUPED, "federation": {"relays": {"r": ["s"]}}}, "a relay of federation.relays"),
     ],
 )

@@ -342,7 +342,7 @@ def test_a_run_with_two_sites_is_refused_before_it_starts(make_recipe: MakeRecip
     [
         ({"federation": {"relays": {"r": ["s"]}}}, "a relay of federation.relays sees"),
         ({"model": {"adapter": {"budget": {"s": 0.5}}}}, "some sites a part of it"),
-        ({"compression": {"round": "int8"}}, "which `compression` does not send"),
+        ({"compression": {"round": "int8"}}, "cannot be added"),
     ],
 )
 def test_recipes_that_speak_against_it_are_refused(sections: dict[str, Any], words: str) -> None:

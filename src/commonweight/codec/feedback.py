@@ -41,16 +41,24 @@ class Coder:
         seed: of the run; each update has a seed of its own.
         budget: bytes that an update's payloads may have, all channels together, where there are several codecs.
         channels: how many an update has.
+        common: whether all updates of a round have one seed, as those that are to be added unseen (`common.py`).
 
     Raises:
         RecipeError: no codec is sure to stay within the budget.
     """
 
     def __init__(
-        self, codecs: Sequence[Codec], layout: Layout, seed: int, *, budget: int | None = None, channels: int = 1
+        self,
+        codecs: Sequence[Codec],
+        layout: Layout,
+        seed: int,
+        *,
+        budget: int | None = None,
+        channels: int = 1,
+        common: bool = False,
     ) -> None:
         self.codecs, self.layout, self.seed, self.budget = tuple(codecs), layout, seed, budget
-        self.channels = channels
+        self.channels, self.common = channels, common
         self.spans = tuple(spans(layout))
         most = [channels * self.most(place) for place in range(len(codecs))]
         self._surest = most.index(min(most))
@@ -66,6 +74,8 @@ class Coder:
         return sum(self.codecs[codec].most(span.matrices) for span in self.spans)
 
     def update_seed(self, site: str, round: int) -> int:
+        if self.common:
+            return derive_seed(self.seed, "common codec", round)
         return derive_seed(self.seed, "codec", site, round)
 
     @torch.no_grad()
@@ -140,20 +150,23 @@ class Coder:
                 yield Coded(channel, span, payload, place)
 
 
-def coder_of(spec: CompressionSpec, layout: Layout, seed: int, channels: int = 1) -> Coder | None:
+def coder_of(
+    spec: CompressionSpec, layout: Layout, seed: int, channels: int = 1, *, common: bool = False
+) -> Coder | None:
     """What makes a recipe's updates small; None: nothing.
 
     Args:
         layout: of the global tensors.
         seed: of the run.
         channels: of an update.
+        common: see `Coder`.
 
     Raises:
         RecipeError: a stage is none, or the budget is too small for any codec.
     """
     codecs = codecs_of(spec)
     budget = None if spec.budget_mb is None else int(spec.budget_mb * 1e6)
-    return Coder(codecs, layout, seed, budget=budget, channels=channels) if codecs else None
+    return Coder(codecs, layout, seed, budget=budget, channels=channels, common=common) if codecs else None
 
 
 #: how many spans a codec is judged by

@@ -74,6 +74,10 @@ class RandomK(_Sparse):
     def most(self, matrices: Matrices) -> int:
         return 0
 
+    def places(self, matrices: Matrices, draw: Draw) -> Index:
+        """Of the numbers of a span that are sent, in rising order."""
+        return self._index(b"", self.count(matrices), _numel(matrices), draw)
+
     def _index(self, which: bytes, count: int, numel: int, draw: Draw) -> Index:
         if which:
             raise BadPayload("places of numbers that both ends draw")

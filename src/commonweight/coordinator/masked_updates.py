@@ -76,8 +76,7 @@ class MaskedUpdates:
 
     def into(self, fold: WeightedSum, piece: Piece) -> None:
         """Make a fold of a stretch of the sum, as if the updates had been folded into it."""
-        total = self.sum(self.starts[piece.dtype] + piece.start, piece.numel)
-        self.code.decode(total, fold.sums["delta"].flats[piece.dtype])
+        self.code.spread(self.sum, piece.dtype, piece.start, fold.sums["delta"].flats[piece.dtype])
         fold.total_weight, fold.num_updates = self.totals.weight, len(self._files)
 
     def __enter__(self) -> Self:

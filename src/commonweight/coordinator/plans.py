@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..codec.common import common_numbers
 from ..codec.down import Down, down_of
 from ..codec.feedback import Coder, coder_of
 from ..errors import RecipeError, StateError
@@ -111,7 +112,9 @@ class RunPlan:
 
     @cached_property
     def coder(self) -> Coder | None:
-        """What updates are made small by; None: nothing."""
+        """What updates are made small by, one by one; None: nothing."""
+        if self.secure:
+            return None
         return coder_of(self.recipe.compression, self.layout, self.recipe.seed, len(self.update_channels))
 
     @cached_property
@@ -124,10 +127,14 @@ class RunPlan:
         """Whether updates come masked."""
         return self.recipe.privacy.summed
 
+    @cached_property
+    def _row(self) -> Layout:
+        return row_layout(self.layout, common_numbers(self.recipe, self.layout, 0))
+
     def update_layout(self, site: str) -> Layout:
         """Of the tensors that a site sends."""
         if self.secure:
-            return row_layout(self.layout)
+            return self._row
         shape = self.shapes.get(site)
         return self.layout if shape is None else shape.layout
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from ..codec.common import common_numbers
 from ..errors import AccessError, QuorumError, UpdateRefused
 from ..federation.groups import Groups
 from ..federation.messages import SUM_STEPS, Completed, Dropped, SumTask
@@ -29,7 +30,7 @@ from ..identity.certificates import verify_certificate
 from ..identity.keys import SUM, verify
 from ..privacy.secure_aggregation.collector import Collector
 from ..privacy.secure_aggregation.messages import Advert, Reveal, Session
-from ..privacy.secure_aggregation.rows import RowCode, row_layout
+from ..privacy.secure_aggregation.rows import RowCode
 from ..strategies.update import Update
 from .engine import NetworkEngine
 from .masked_updates import OpenedSum
@@ -93,11 +94,12 @@ class NetworkSums:
         told = terms.to_json()
         config = config_of(self._job, self.engine.base, told)
         attempt, plan = self._record["attempt"], self.plan
+        numbers = common_numbers(plan.recipe, plan.layout, round)
         self._sums = []
         for place, sites in enumerate(groups.members):
             session = Session(self.engine.run_id, round, attempt, sites, config)
             collector = Collector(session, verify=self._verify)
-            code = RowCode.of(plan.recipe, plan.layout, len(sites), terms.most)
+            code = RowCode.of(plan.recipe, plan.layout, len(sites), terms.most, numbers)
             common = {"attempt": attempt, "sites": list(sites), "terms": told}
             self._sums.append(GroupSum(place, session, collector, code, common))
         self._sum_of = {site: one for one in self._sums for site in one.session.sites}
@@ -176,7 +178,7 @@ class NetworkSums:
         return self._seats.get(site)
 
     def num_bytes(self, site: str) -> int:
-        return row_layout(self.plan.layout).num_bytes
+        return self.plan.update_layout(site).num_bytes
 
     def shown(self, update: Update) -> Update:
         return update  # its manifest says no more

@@ -218,7 +218,7 @@ def build_bench(recipe: Recipe, *, gather: Gather = load_sites) -> Bench:
         MovedBase(model) if asked_by_strategy(recipe, "moves_base", False) else None,
         on_cpu(trainables.personal),
         canaries,
-        coder_of(recipe.compression, trainables.shared.layout, recipe.seed, channels),
+        coder_of(recipe.compression, trainables.shared.layout, recipe.seed, channels, common=recipe.privacy.summed),
     )
     if private:
         facts = bench.facts

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..codec.coded import CHOICES_BYTES, LENGTH_BYTES
+from ..codec.common import common_numbers
 from ..codec.down import down_of
 from ..codec.feedback import Coder, coder_of
 from ..data.sites import load_sites
@@ -184,7 +185,7 @@ def forecast(
     coder = coder_of(recipe.compression, layout, recipe.seed, channels)
     plain = layout.num_bytes * channels
     hidden = recipe.privacy.rows_are if secure or recipe.privacy.summed else ""
-    up = _hidden_bytes(hidden, layout) if hidden else _coded_bytes(coder, channels) if coder else plain
+    up = _hidden_bytes(hidden, recipe, layout) if hidden else _coded_bytes(coder, channels) if coder else plain
     plain_down = layout.num_bytes * (1 + len(strategy.broadcast_channels))
     small = down_of(recipe.compression.down, layout, recipe.seed)
     down = plain_down if small is None else min(plain_down, _coded_bytes(small.coder, 1))
@@ -227,9 +228,9 @@ def forecast(
     )
 
 
-def _hidden_bytes(hidden: str, layout: Layout) -> int:
+def _hidden_bytes(hidden: str, recipe: Recipe, layout: Layout) -> int:
     """What a site sends of a row of the ring."""
-    row = row_layout(layout)
+    row = row_layout(layout, common_numbers(recipe, layout, 0))
     return row.num_bytes if hidden == "masked" else homomorphic.num_bytes(sum(row.numels.values()))
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from ..codec.common import common_numbers
 from ..errors import RecipeError, RoundError
 from ..model.tensors import Layout, NamedTensors
 from ..privacy.homomorphic import tenseal
@@ -191,7 +192,7 @@ def check_sums(recipe: Recipe, num_sites: int, layout: Layout = _NOTHING) -> Non
     if recipe.privacy.secure_group_size is not None:
         _check_groups(recipe, size, recipe.privacy.secure_group_size)
         asked = recipe.privacy.secure_group_size
-    _ = RowCode.of(recipe, layout, asked, Most(1, 1)).elements
+    _ = RowCode.of(recipe, layout, asked, Most(1, 1), common_numbers(recipe, layout, 0)).elements
 
 
 def _check_groups(recipe: Recipe, cohort: int, size: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from ..codec.common import common_numbers
 from ..errors import SiteError, UpdateRefused
 from ..model.tensors import Layout
 from ..privacy.homomorphic import Adder, Keyholder
@@ -21,7 +22,7 @@ from ..privacy.secure_aggregation.collector import Collector
 from ..privacy.secure_aggregation.masks import Ring
 from ..privacy.secure_aggregation.messages import Session
 from ..privacy.secure_aggregation.party import Party
-from ..privacy.secure_aggregation.rows import NUM_TOTALS, RowCode, Totals, row_starts
+from ..privacy.secure_aggregation.rows import NUM_TOTALS, RowCode, Totals
 from ..recipe.schema import Recipe
 from ..strategies.base import WeightedSum
 from ..strategies.update import Update
@@ -37,7 +38,8 @@ class SimulatedSum(ABC):
 
     def __init__(self, recipe: Recipe, layout: Layout, session: Session, terms: Terms) -> None:
         self.sites, self.layout = session.sites, layout
-        self.code = RowCode.of(recipe, layout, len(session.sites), terms.most)
+        numbers = common_numbers(recipe, layout, session.round)
+        self.code = RowCode.of(recipe, layout, len(session.sites), terms.most, numbers)
         self.there: list[str] = []
         self._total: Ring = np.zeros(self.code.length, dtype=np.uint32)
         self._row: Ring = np.empty_like(self._total)
@@ -76,9 +78,8 @@ class SimulatedSum(ABC):
             RoundError: as `RowCode.totals`.
         """
         totals = self.code.totals(self._total[-NUM_TOTALS:], len(self.there))
-        for dtype, start in row_starts(self.layout).items():
-            out = fold.sums["delta"].flats[dtype]
-            self.code.decode(self._total[start : start + out.numel()], out)
+        for dtype, out in fold.sums["delta"].floating():
+            self.code.spread(lambda first, length: self._total[first : first + length], dtype, 0, out)
         fold.total_weight, fold.num_updates = totals.weight, len(self.there)
         return totals
 

@@ -207,6 +207,8 @@ def secure_sums(recipe: Recipe, num_sites: int | None) -> tuple[bool, str]:
         return False, f"the strategy {spec.strategy.name} needs more than a round's sum, or has no rounds"
     if recipe.not_summed:
         return False, recipe.not_summed
+    if recipe.compression.active:
+        return False, "what `compression` has made small is summed only where privacy.secure_aggregation is on"
     if num_sites is None:
         num_sites = max(spec.min_sites, spec.cohort.count or 0)
     if spec.cohort.size(num_sites) < 3:

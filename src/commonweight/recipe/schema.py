@@ -840,6 +840,10 @@ AUTO_COMPRESSION = {"round": {"name": "sign"}}
 AUTO_DOWN = {"round": {"name": "uniform", "bits": 4, "rounding": "nearest"}, "pack": {"name": "huffman"}}
 
 
+#: the codec that goes with secure sums
+_SUMMED_CODEC = "compression: {shorten: random-k}, and nothing beside,"
+
+
 def _compression(value: object) -> object:
     if value == "none":
         return {}
@@ -932,6 +936,31 @@ class CompressionSpec(CodecSpec):
         return self.budget_mb is not None or any(stage.name != NO_STAGE for stage in (self.shorten, self.round))
 
     @property
+    def not_summed(self) -> str:
+        """Why updates that are made so cannot be added unseen; "": they can."""
+        if self.budget_mb is not None:
+            return (
+                "by `compression.budget_mb` each site chooses a codec for itself, and what they write cannot be added"
+            )
+        if self.round.name != NO_STAGE:
+            return (
+                "what is added is rounded already, to the fixed point of the ring, and what `compression.round` writes "
+                f"cannot be added; {_SUMMED_CODEC} can be"
+            )
+        if self.pack.name != NO_STAGE:
+            return (
+                "masked numbers are uniformly random, of which `compression.pack` makes no fewer bytes; "
+                f"{_SUMMED_CODEC} does"
+            )
+        if self.shorten.name in (NO_STAGE, "random-k"):
+            return ""
+        why = {
+            "top-k": "each site's top-k keeps numbers at other places, which would tell what it trained on",
+            "low-rank": "each site's low-rank factors are its own, and their sum is not that of the products",
+        }.get(self.shorten.name, "`compression.shorten` must keep numbers at the same places of every site's update")
+        return f"{why}; {_SUMMED_CODEC} keeps the same places at all sites"
+
+    @property
     def keeps_errors(self) -> bool:
         """Whether sites keep what was lost."""
         return self.error_feedback and self.loses
@@ -1022,9 +1051,9 @@ class Recipe(Section):
             return "privacy.adaptive_clip counts the sites within the clipping norm, and a sum has no place for that"
         if self.model.adapter.shaped:
             return "rows of one length are added, and model.adapter gives some sites a part of it"
-        if self.compression.active:
-            return "whole rows are added, which `compression` does not send"
-        return ""
+        if self.compression.active and self.privacy.secure_group_size is not None:
+            return "rules over groups compare whole updates, which `compression` does not send"
+        return self.compression.not_summed
 
     @model_validator(mode="after")
     def _private_examples_have_gradients_of_their_own(self) -> Self:

@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from ..codec.common import common_numbers
 from ..errors import PolicyError, RecipeError
 from ..evaluate.metrics import Scores
 from ..federation.messages import SUM_STEPS
@@ -422,7 +423,7 @@ def _update_bytes(recipe: Recipe, initial: bytes, site: str) -> int:
     """
     plan, strategy = parse_header(initial).plan, recipe.federation.strategy.name
     if recipe.privacy.summed:
-        return row_layout(plan.layout).num_bytes
+        return row_layout(plan.layout, common_numbers(recipe, plan.layout, 0)).num_bytes
     shape = shapes_of(recipe.model.adapter, plan.layout).get(site)
     num_channels = len(plan.channels)
     if strategy in built_in("strategy"):

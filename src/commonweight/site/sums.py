@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..codec.common import common_numbers
 from ..engines.noise_secret import NoiseSecret
 from ..errors import AccessError, PolicyError, RecipeError, SiteError
 from ..federation.groups import Groups
@@ -116,7 +117,8 @@ class SiteSums:
             party = self._party(known, task, secure["attempt"], sites, terms)
             most = Most(int(terms["most"]["examples"]), int(terms["most"]["label_tokens"]))
             delta = work.channels["delta"]
-            code = RowCode.of(known.recipe, delta.layout, len(sites), most)
+            numbers = common_numbers(known.recipe, delta.layout, task.round)
+            code = RowCode.of(known.recipe, delta.layout, len(sites), most, numbers)
             row: Ring = np.empty(code.length, dtype=np.uint32)
             clipped = code.encode(
                 delta,
@@ -127,7 +129,7 @@ class SiteSums:
                 key=noise_key(code, partial(self._noise_key, task.run), party.site, task.round, delta),
             )
             party.mask({peer: bytes.fromhex(box) for peer, box in secure["boxes"].items()}, row)
-        masked = NamedTensors(row_layout(delta.layout), {torch.int32: torch.from_numpy(row.view(np.int32))})
+        masked = NamedTensors(row_layout(delta.layout, numbers), {torch.int32: torch.from_numpy(row.view(np.int32))})
         metrics = {"seconds": work.metrics["seconds"], **({"clipped": float(clipped)} if clipped else {})}
         return replace(work, channels={MASKED: masked}, num_examples=1, num_label_tokens=0, metrics=metrics)
 

@@ -226,7 +226,7 @@ class RecipeWorkshop:
             work = self._work(run, bench, cancelled)
             delta = room("delta", bench.theta.layout)
             digest = base_digest or _digest(tensors)
-            packer = None if bench.coder is None else Packer(bench.coder, room)
+            packer = None if bench.coder is None or bench.coder.common else Packer(bench.coder, room)
             done = work.train(
                 replace(task, site=self.local_name),
                 tensors,

@@ -8,17 +8,21 @@ sites are asked for, so that everyone knows them before the round; nats: the los
 are whole numbers in the ring as long as their sum fits: then they are exact. As sums in the ring are exact whatever was
 masked and in whatever order rows were added, the result has the same bits wherever it is computed.
 
+Where all sites send the same numbers of their updates and no others (`codec/common.py`), a row has these alone.
+
 Where sites add noise of their own (`privacy/distributed.py`) elements are rounded as that says, and of the totals only
 wᵢ is told: counts and losses have no noise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import RoundError, SiteError
@@ -41,9 +45,27 @@ DEFAULT_BOUND = 8.0
 _PIECE = 1 << 18
 
 
-def row_layout(layout: Layout) -> Layout:
-    """Of a masked update: int32 stands for the ring, whose elements have as many bits."""
+class Numbers(Protocol):
+    """Those numbers of an update that are in its row: see `codec.common.CommonNumbers`."""
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def scale(self) -> float: ...
+
+    def over(self, dtype: torch.dtype, start: int, stop: int) -> Iterator[tuple[int, NDArray[np.int64]]]: ...
+
+
+def row_layout(layout: Layout, numbers: Numbers | None = None) -> Layout:
+    """Of a masked update: int32 stands for the ring, whose elements have as many bits.
+
+    Args:
+        numbers: that a row has of an update; None: all.
+    """
     length = sum(numel for dtype, numel in layout.numels.items() if dtype.is_floating_point)
+    if numbers is not None:
+        length = numbers.length
     return Layout(
         (
             Entry(ROW, torch.int32, (length,), 0, length),
@@ -117,6 +139,7 @@ class RowCode:
         bound: the largest size of an element of an update; a larger one is clipped to it.
         toward_zero: see `FixedPoint`.
         noise: that each site adds; None: none.
+        numbers: of an update that are in its row; None: all.
     """
 
     layout: Layout
@@ -126,11 +149,13 @@ class RowCode:
     bound: float
     toward_zero: bool = False
     noise: DistributedNoise | None = None
+    numbers: Numbers | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, layout: Layout, num_sites: int, most: Most) -> Self:
+    def of(cls, recipe: Recipe, layout: Layout, num_sites: int, most: Most, numbers: Numbers | None = None) -> Self:
         """As a recipe says it. Where updates are clipped to a norm for the privacy of sites, no element is larger than
-        that norm, and encoding must not make the norm larger."""
+        that norm, and encoding must not make the norm larger. Where numbers are multiplied for those that are left out,
+        so is the bound."""
         spec = recipe.privacy
         clipped = spec.dp == "site"
         bound = spec.secure_bound or (spec.clip if clipped else None) or DEFAULT_BOUND
@@ -144,12 +169,15 @@ class RowCode:
                 colluding=spec.mechanism.colluding or 0.0,
                 length=length,
             )
-        return cls(layout, num_sites, recipe.federation.weighting, most, bound, toward_zero=clipped, noise=noise)
+        if numbers is not None:
+            bound *= numbers.scale
+        weighting = recipe.federation.weighting
+        return cls(layout, num_sites, weighting, most, bound, toward_zero=clipped, noise=noise, numbers=numbers)
 
     @property
     def length(self) -> int:
         """Elements of a row, totals included."""
-        return sum(entry.numel for entry in row_layout(self.layout).entries)
+        return sum(entry.numel for entry in row_layout(self.layout, self.numbers).entries)
 
     @property
     def elements(self) -> FixedPoint:
@@ -169,13 +197,12 @@ class RowCode:
         self.check(examples, label_tokens)
         weight = {"examples": examples, "tokens": label_tokens, "uniform": 1}[self.weighting]
         scale, fixed, clipped = weight / self.most.weight(self.weighting), self.elements, 0
-        stretches = self._stretches(delta)
         if self.noise is not None:
             assert key is not None
-            self.noise.encode(stretches, out[: self.length - NUM_TOTALS], key)
+            self.noise.encode(list(self._stretches(delta)), out[: self.length - NUM_TOTALS], key)
             examples, label_tokens, loss = 0, 0, 0.0
         else:
-            for at, values in stretches:
+            for at, values in self._stretches(delta):
                 piece = out[at : at + values.numel()]
                 clipped += fixed.encode(values.double().numpy(), piece, scale=scale)
         totals = out[self.length - NUM_TOTALS :]
@@ -186,13 +213,16 @@ class RowCode:
         self._nats.encode(share, totals[3:])
         return clipped
 
-    def _stretches(self, delta: NamedTensors) -> list[tuple[int, Tensor]]:
+    def _stretches(self, delta: NamedTensors) -> Iterator[tuple[int, Tensor]]:
         """Of an update's floating elements, by where they begin in its row."""
-        return [
-            (start + first, delta.flats[dtype][first : first + _PIECE])
-            for dtype, start in row_starts(self.layout).items()
-            for first in range(0, delta.flats[dtype].numel(), _PIECE)
-        ]
+        for dtype, start in row_starts(self.layout).items():
+            flat = delta.flats[dtype]
+            if self.numbers is not None:
+                for at, places in self.numbers.over(dtype, 0, flat.numel()):
+                    yield at, flat[torch.from_numpy(places)]
+                continue
+            for first in range(0, flat.numel(), _PIECE):
+                yield start + first, flat[first : first + _PIECE]
 
     def check(self, examples: int, label_tokens: int) -> None:
         """Raises SiteError: an update's counts are above what the round's steps allow."""
@@ -212,6 +242,24 @@ class RowCode:
         step = self.elements.step if self.noise is None else self.noise.step
         scale = step * self.most.weight(self.weighting)
         out.copy_(torch.from_numpy(total.view(np.int32).astype(np.float64) * scale))
+
+    def spread(self, read: Callable[[int, int], Ring], dtype: torch.dtype, start: int, out: Tensor) -> None:
+        """Σ wᵢΔᵢ over a stretch of a flat; 0 where its elements are in no row.
+
+        Args:
+            read: the sum of rows from an element on, so many.
+            start: where the stretch begins in the flat.
+            out: as `decode`.
+        """
+        if self.numbers is None:
+            self.decode(read(row_starts(self.layout)[dtype] + start, out.numel()), out)
+            return
+        out.zero_()
+        for first, places in self.numbers.over(dtype, start, start + out.numel()):
+            if len(places):
+                found = torch.empty(len(places), dtype=out.dtype)
+                self.decode(read(first, len(places)), found)
+                out[torch.from_numpy(places - start)] = found
 
     def totals(self, total: Ring, num_updates: int) -> Totals:
         """From the sum of totals.
