@@ -102,7 +102,6 @@ def test_places_are_those_that_every_site_keeps_and_new_ones_each_round() -> Non
         seen.append(places[torch.float32].tolist())
     assert seen[0] != seen[1]
     assert len(seen[0]) == 17  # ⌈0.1 · 162⌉
-    assert seen[0] == [int(p) for p in numbers_of(recipe, layout, 1).over(torch.float32, 0, 162).__next__()[1]]
     other = numbers_of(recipe_of(seed=1), layout, 1).over(torch.float32, 0, 162)
     assert next(other)[1].tolist() != seen[0]
 
@@ -176,7 +175,7 @@ def test_a_sum_is_that_of_what_sites_send_with_nothing_elsewhere() -> None:
 
 def test_without_feedback_the_mean_over_rounds_is_the_updates() -> None:
     """E = Σ wᵢΔᵢ: the mean of n rounds lies within five standard deviations, √((d/k − 1)/n)·|Σ wᵢΔᵢ|."""
-    recipe, rounds = recipe_of(compression=drawn(keep=0.25, feedback=False)), 400
+    recipe, rounds = recipe_of(compression=drawn(keep=0.25, feedback=False)), 200
     layout = tensors(0).layout
     made = coder(recipe, layout)
     code = RowCode.of(recipe, layout, 3, MOST, numbers_of(recipe, layout, 1))
