@@ -137,6 +137,7 @@ def test_the_sum_has_the_noise_that_the_count_leaves_it(make_recipe: MakeRecipe,
 
 
 @pytest.mark.usefixtures("keys")
+@pytest.mark.kills
 def test_a_killed_run_goes_on_with_the_same_norms(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

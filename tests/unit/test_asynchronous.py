@@ -530,6 +530,7 @@ DEATHS = [
 
 
 @pytest.mark.parametrize("sections", [FEDBUFF, FEDASYNC], ids=["fedbuff", "fedasync"])
+@pytest.mark.kills
 def test_a_run_killed_at_every_step_ends_with_the_same_bits_and_each_update_in_one_commit(
     make_recipe: MakeRecipe, tmp_path: Path, sections: dict[str, Any]
 ) -> None:

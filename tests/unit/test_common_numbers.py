@@ -263,6 +263,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("after", [False, True])
+@pytest.mark.kills
 def test_a_run_that_is_killed_ends_with_the_same_bits(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:

@@ -249,6 +249,7 @@ def noise_keys(folder: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("keys")
+@pytest.mark.kills
 def test_a_killed_run_goes_on_with_the_same_noise_and_keeps_no_key(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

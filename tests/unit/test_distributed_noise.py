@@ -405,6 +405,7 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
         yield nursery
 
 
+@pytest.mark.kills
 def test_a_killed_round_is_summed_with_the_same_noise(
     make_recipe: MakeRecipe, tmp_path: Path, nursery: Nursery
 ) -> None:

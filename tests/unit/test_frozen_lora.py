@@ -456,6 +456,7 @@ def test_the_first_round_of_rolora_is_that_of_ffa_lora(done: Callable[..., Done]
 
 
 @pytest.mark.parametrize("strategy", ["ffa-lora", "rolora"])
+@pytest.mark.kills
 def test_a_killed_run_goes_on_to_the_same_bits(make_recipe: MakeRecipe, tmp_path: Path, strategy: str) -> None:
     recipe = make_recipe(
         federation={"rounds": 3, "strategy": strategy}, training={"weight_decay": 0.1}, engine={"workers": 2}

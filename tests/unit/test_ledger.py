@@ -297,6 +297,7 @@ def dies(owner: type[Any], method: str, nth: int, *, before: bool, patched: pyte
     [(LedgerFile, "charge", 2), (MemoryModel, "close", 2), (Journal, "commit", 3), (Journal, "drop", 2)],
     ids=["charge", "release", "commit", "noise struck out"],
 )
+@pytest.mark.kills
 def test_a_kill_never_charges_twice_or_not_at_all(
     make_recipe: MakeRecipe, tmp_path: Path, owner: type[Any], method: str, nth: int, before: bool
 ) -> None:

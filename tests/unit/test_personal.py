@@ -373,6 +373,7 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 
 @pytest.mark.parametrize("name", ["personal parts", "interpolation"])
+@pytest.mark.kills
 def test_a_killed_run_ends_with_the_same_bits_whatever_the_workers(
     make_recipe: MakeRecipe,
     tmp_path: Path,

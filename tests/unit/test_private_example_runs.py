@@ -55,6 +55,7 @@ class Killed(Exception):
 
 @pytest.mark.usefixtures("one_secret")
 @pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
+@pytest.mark.kills
 def test_a_killed_run_ends_with_the_same_bits_whatever_the_workers(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:

@@ -51,6 +51,7 @@ def one_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_secret")
+@pytest.mark.kills
 def test_a_killed_run_ends_with_the_same_bits_whatever_the_workers(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,7 @@ def test_every_step_of_a_private_round_may_be_the_last(
     assert set(counts.values()) == {1 if apart else 2}
 
 
+@pytest.mark.kills
 def test_a_killed_round_is_released_with_the_noise_that_was_journalled(
     make_recipe: MakeRecipe, tmp_path: Path, nursery: Nursery
 ) -> None:

@@ -95,6 +95,7 @@ def dying(method: str, *, before: bool) -> Callable[..., Any]:
 
 @pytest.mark.usefixtures("keys")
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.kills
 def test_a_run_killed_around_a_release_publishes_one_noisy_sum_only(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:

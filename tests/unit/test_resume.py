@@ -297,6 +297,7 @@ def undisturbed(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("name", STORIES)
+@pytest.mark.kills
 def test_a_run_killed_at_every_step_ends_with_the_same_bits(
     make_recipe: MakeRecipe, tmp_path: Path, nursery: Nursery, undisturbed: Callable[[str], Path], name: str
 ) -> None:

@@ -340,6 +340,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize(("method", "after"), [("keep_update", True), ("commit", False), ("commit", True)])
+@pytest.mark.kills
 def test_a_run_that_is_killed_ends_with_the_same_bits(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, after: bool
 ) -> None:

@@ -227,6 +227,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("method", ["keep_update", "commit"])
 @pytest.mark.parametrize("after", [False, True])
+@pytest.mark.kills
 def test_a_run_killed_within_a_secure_round_ends_with_the_same_bits(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, after: bool
 ) -> None:
