@@ -3,8 +3,8 @@
     python benchmarks/forecast.py [--set KEY=VALUE …] [--hidden 512 --layers 8 --vocabulary 8000] [--json]
 
 A Llama of the given size with random weights is trained on made-up rows of full length. `work` is the process's peak
-above what it held with libraries alone, with an allocator that gives back what is freed (glibc's by default may hold
-twice as much: MALLOC_MMAP_THRESHOLD_); `foreseen` is the sum of `plan`'s items but the program's and the chunks'.
+above what it held with libraries alone, with an allocator that gives back what is freed (MALLOC_MMAP_THRESHOLD_), and
+`usual_work` the same with glibc's defaults; `foreseen` the sum of `plan`'s items but the program's and the chunks'.
 """
 
 from __future__ import annotations
@@ -41,14 +41,19 @@ def compared(recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
 
     held = forecast(load_recipe(recipe, overrides), secure=False).memory["a site"]
     foreseen = sum(size for name, size in held.items() if name not in ("program", "chunks"))
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    child = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _CHILD, recipe, *overrides], capture_output=True, text=True, env=env
-    )
+    found = _work(recipe, overrides, {"MALLOC_MMAP_THRESHOLD_": "65536"})
+    usual = {f"usual_{key}": value for key, value in _work(recipe, overrides, {}).items() if key != "idle"}
+    return {**found, **usual, "foreseen": foreseen, "ratio": foreseen / found["work"], "program": held["program"]}
+
+
+def _work(recipe: str, overrides: Sequence[str], environment: dict[str, str]) -> dict[str, float]:
+    """What a process of its own holds idle and takes for the work, in bytes, and seconds of a step."""
+    command = [sys.executable, "-W", "ignore", "-c", _CHILD, recipe, *overrides]
+    child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     if child.returncode:
         raise SystemExit(child.stderr)
-    found = json.loads(child.stdout.splitlines()[-1])
-    return {**found, "foreseen": foreseen, "ratio": foreseen / found["work"], "program": held["program"]}
+    found: dict[str, float] = json.loads(child.stdout.splitlines()[-1])
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,6 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"with libraries alone  {mib['idle']:8.0f} MiB   (plan: {mib['program']:.0f})")
     print(f"work above that       {mib['work']:8.0f} MiB")
     print(f"foreseen              {mib['foreseen']:8.0f} MiB   {found['ratio']:.2f} of it")
+    usual, longer = found["usual_work"] / found["work"], found["step_s"] / found["usual_step_s"]
+    print(f"with glibc's defaults {mib['usual_work']:8.0f} MiB   {usual:.2f} of it")
+    print(
+        f"a step's seconds      {found['step_s']:8.2f}       {found['step_s'] / found['usual_step_s']:.2f} of the default's"
+    )
 
 
 def _make(folder: Path, hidden: int, layers: int, vocabulary: int) -> None:

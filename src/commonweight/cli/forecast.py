@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, ModelError, RecipeError
+from ..evaluate.text import duration, size
 from .terminal import say
 
 if TYPE_CHECKING:
@@ -98,37 +99,22 @@ def _say(found: Forecast, asked: Asked) -> None:
     if own:
         say(f"  kept at the sites     {own:,} more are trained")
     most = "at most " if found.up_at_most else ""
-    say(f"  a site sends          {most}{_size(found.up)} a round{f' ({how}{ratio})' if how else ''}")
+    say(f"  a site sends          {most}{size(found.up)} a round{f' ({how}{ratio})' if how else ''}")
     most = "at most " if found.down_at_most else ""
     ratio = f" (compressed, {found.plain_down / found.down:.1f} times fewer bytes)" if found.small_down else ""
-    say(f"  a site fetches        {most}{_size(found.down)} a round{ratio}")
+    say(f"  a site fetches        {most}{size(found.down)} a round{ratio}")
     if found.moved_up is not None and found.moved_down is not None:
-        moved = f"{_size(found.moved_up)} up, {_size(found.moved_down)} down"
+        moved = f"{size(found.moved_up)} up, {size(found.moved_down)} down"
         say(f"  all together          {moved}: {found.rounds} {rounds} of {found.cohort} updates")
     if found.transfer_s is not None:
-        say(f"  over {asked.bandwidth:<17}{_duration(found.transfer_s)} a round, one way after the other")
+        say(f"  over {asked.bandwidth:<17}{duration(found.transfer_s)} a round, one way after the other")
     if found.steps is not None:
-        taken = "" if found.train_s is None else f", {_duration(found.train_s)}"
+        taken = "" if found.train_s is None else f", {duration(found.train_s)}"
         say(f"  training              {found.steps} steps a round at most{taken}{' as measured here' * asked.measure}")
     if found.hours is not None:
         known = {"transfer": found.transfer_s, "training": found.train_s}
         parts = " and ".join(part for part, seconds in known.items() if seconds is not None)
-        say(f"  {parts:<22}{_duration(3600 * found.hours)} in all, without evaluation and waiting")
+        say(f"  {parts:<22}{duration(3600 * found.hours)} in all, without evaluation and waiting")
     for role, held in found.memory.items():
-        items = ", ".join(f"{name} {_size(size)}" for name, size in held.items() if size)
-        say(f"Memory of {role}: about {_size(sum(held.values()))} ({items})")
-
-
-def _size(num_bytes: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes:.0f} B"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.3g} min"
-    return f"{seconds / 3600:.3g} h"
+        items = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in held.items() if num_bytes)
+        say(f"Memory of {role}: about {size(sum(held.values()))} ({items})")

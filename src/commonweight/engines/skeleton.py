@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..model.adapters import attach_adapter, freeze, is_adapter
 from ..model.base import Base, bare_base, choose_device
-from ..model.shapes import Shape, shapes_of
 from ..model.tensors import Layout
 from ..model.trainables import has_part
 from ..recipe.compatibility import personal_parts
 from ..recipe.schema import Recipe
 from ..train.batches import micro_batch_size
+from ..train.loss import passing_through
 from .bench import asked_by_strategy, check_context
 
 #: bytes a weight of a quantized linear layer: 4 bits and its share of scales that are themselves quantized; 8 bits
@@ -36,7 +36,6 @@ class Skeleton:
         device: that it would be loaded on.
         model: the adapter on its base, every parameter on the device `meta`.
         layout: of the global tensors.
-        shapes: of the sites that hold less than the whole adapter.
         trained: of everything that a site trains, what it keeps to itself included.
         base_bytes: of the weights as they will be held.
         num_parameters: of the base.
@@ -46,7 +45,6 @@ class Skeleton:
     device: torch.device
     model: Any
     layout: Layout
-    shapes: dict[str, Shape]
     trained: Layout
     base_bytes: int
     num_parameters: int
@@ -73,8 +71,7 @@ class Skeleton:
         own = personal_parts(recipe)
         shared = {name: p for name, p in trained.items() if not any(has_part(name, part) for part in own)}
         layout = Layout.of(shared)
-        shapes = shapes_of(spec.adapter, layout)
-        return cls(recipe, device, model, layout, shapes, Layout.of(trained), base_bytes, base.num_parameters)
+        return cls(recipe, device, model, layout, Layout.of(trained), base_bytes, base.num_parameters)
 
     @cached_property
     def activation_bytes(self) -> int:
@@ -114,7 +111,7 @@ def _saved(model: Any, size: tuple[int, int]) -> int:
     training = model.training
     model.train()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _without_contents(model), _passing_head(model):
+        with FakeTensorMode(allow_non_fake_inputs=True), _without_contents(model), passing_through(_head(model)):
             known = {p.untyped_storage()._cdata for p in model.parameters()}
 
             def see(tensor: Tensor) -> Tensor:
@@ -157,16 +154,6 @@ def _without_contents(model: Any) -> Iterator[None]:
             held[name] = tensor
 
 
-@contextmanager
-def _passing_head(model: Any) -> Iterator[None]:
-    """Inside, the output layer hands on its input."""
-    inner = model.get_base_model() if is_adapter(model) else model
-    head = inner.get_output_embeddings()
-    if head is None:
-        yield
-        return
-    head.forward = lambda states: states
-    try:
-        yield
-    finally:
-        del head.forward
+def _head(model: Any) -> Any:
+    """The output layer."""
+    return (model.get_base_model() if is_adapter(model) else model).get_output_embeddings()

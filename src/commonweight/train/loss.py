@@ -63,7 +63,7 @@ class LanguageModel:
         ramp = torch.linspace(-512, 512, self.vocabulary, device=self.device)
         with _replaced(self.head, lambda states: ramp.to(states.dtype).expand(*states.shape[:-1], -1)):
             capped = self._forward(ids, None).float()
-        with _passing_through(self.head):
+        with passing_through(self.head):
             hidden = self._forward(ids, None)
         pieced = self.head(hidden).float()
         self.model.train(training)
@@ -96,7 +96,7 @@ class LanguageModel:
         `states` [L, H] are what the output layer gets (or, where that cannot be split off, the logits [L, V]);
         `targets` int64 [L]; `examples` int64 [L] says which example each belongs to.
         """
-        with self.autocast(), _passing_through(self.head if self.split_head else None):
+        with self.autocast(), passing_through(self.head if self.split_head else None):
             output = self._forward(batch.ids, batch.positions)
         ahead = batch.labelled[:, 1:]
         return output[:, :-1][ahead], batch.ids[:, 1:][ahead], batch.examples[:, 1:][ahead]
@@ -115,7 +115,7 @@ class LanguageModel:
         return (slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows))
 
 
-def _passing_through(head: Any | None) -> AbstractContextManager[None]:
+def passing_through(head: Any | None) -> AbstractContextManager[None]:
     """Inside, an output layer hands on its input."""
     return nullcontext() if head is None else _replaced(head, lambda states: states)
 
