@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, ModelError, RecipeError
-from ..evaluate.text import duration, size
 from .terminal import say
 
 if TYPE_CHECKING:
@@ -90,6 +89,8 @@ def say_forecast(found: Forecast | None, why: str, asked: Asked) -> None:
 
 
 def _say(found: Forecast, asked: Asked) -> None:
+    from ..evaluate.text import duration, size
+
     rounds = "versions" if found.asynchronous else "rounds"
     own = found.trained - found.sent
     how = found.hidden or ("compressed" if found.coded else "")
